@@ -1,0 +1,266 @@
+"""Settings shared by the scripts: frozen dataclasses, the flags made from them, and their checks.
+
+A field's type gives the flag's type and range, the string below it the help text. tyro turns the
+classes into flags (nested ones without a prefix: `--norm_num_groups 8`); pydantic checks ranges,
+for flags and for settings read back from a checkpoint alike.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import tyro
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+ROOT = Path(__file__).resolve().parents[1]
+"""Folder of the repository: default paths hang on it, so that commands work from any folder."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+SchedulerName = Literal["ddpm", "ddim"]
+DownBlockType = Literal["DownBlock2D", "AttnDownBlock2D"]
+UpBlockType = Literal["UpBlock2D", "AttnUpBlock2D"]
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """What the user did can't work: one line naming the file or flag, its value and the remedy."""
+
+
+class Settings:
+    """Base of all settings: unknown names and NaN or infinite numbers are refused."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """The network; defaults as in the original report (113.7 M parameters)."""
+
+    image_size: Annotated[int, Field(ge=8, le=1024)] = 64
+    """Side of the square pictures in pixels."""
+    block_out_channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (
+        128, 128, 256, 256, 512, 512,
+    )  # fmt: skip
+    """Channels of each resolution, from fine to coarse."""
+    down_block_types: tuple[DownBlockType, ...] = (
+        "DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D",
+        "DownBlock2D",
+    )  # fmt: skip
+    """Kind of block at each resolution on the way down."""
+    up_block_types: tuple[UpBlockType, ...] = (
+        "UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D",
+    )  # fmt: skip
+    """Kind of block at each resolution on the way up, from coarse to fine."""
+    layers_per_block: PositiveInt = 2
+    """ResBlocks of a down block (an up block has one more)."""
+    attention_head_dim: PositiveInt = 8
+    """Channels of one attention head."""
+    norm_num_groups: PositiveInt = 32
+    """Groups of every GroupNorm (the report's table: 8)."""
+    halve_every_block: bool = False
+    """Halve after the last down block too (the report's six halvings 64 -> 1); diffusers
+    leaves that one out."""
+    dropout: Probability = 0.0
+    """Dropout before the second convolution of a ResBlock."""
+    num_classes: PositiveInt = 24
+    """Length of the multi-hot condition."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(Settings):
+    """The noise schedule, stored in the checkpoint so that sampling uses the trained one."""
+
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
+    """Name of the beta schedule (Nichol & Dhariwal 2021: squaredcos_cap_v2)."""
+    num_train_timesteps: Annotated[int, Field(ge=2)] = 500
+    """Diffusion steps T."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    """What the network predicts: eps, v (Salimans & Ho 2022) or x_0."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    """Which timesteps a sampler of few steps visits (Lin et al. 2023, table 2)."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Settings):
+    """Where the data lies; the course's files and the rendered stand-in have the same layout."""
+
+    data_dir: Path | None = None
+    """Folder of objects.json, train.json, test.json, new_test.json (default: data/ if it holds
+    train.json, else data/standin/)."""
+    image_dir: Path | None = None
+    """Folder of the training pictures (default: iclevr/ in the data folder)."""
+    evaluator: Path | None = None
+    """Weights of the judge (default: checkpoint.pth in the data folder, else evaluator.pth)."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Settings):
+    """How pictures are drawn."""
+
+    scheduler: SchedulerName = "ddpm"
+    """ddpm (Ho et al. 2020) or ddim (Song et al. 2021)."""
+    num_inference_steps: PositiveInt | None = None
+    """Denoising steps (default: all trained timesteps for ddpm, 50 for ddim)."""
+    eta: Probability = 0.0
+    """Noise of a ddim step: 0 is deterministic, 1 as much as ddpm."""
+    guidance_scale: Annotated[float, Field(ge=-100, le=100)] = 3.0
+    """Classifier-free guidance w in eps_uncond + w (eps_cond - eps_uncond); 1 is none."""
+    batch_size: PositiveInt = 64
+    """Pictures drawn at a time; the pictures do not depend on it."""
+
+
+@dataclass(frozen=True)
+class PreviewConfig(Settings):
+    """The preview during training: the test conditions, drawn by DDIM."""
+
+    preview_steps: PositiveInt = 50
+    """Denoising steps of a preview."""
+    preview_guidance_scale: Annotated[float, Field(ge=-100, le=100)] = 3.0
+    """Guidance scale of a preview."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """Train the conditional DDPM. Defaults are the original recipe."""
+
+    epochs: PositiveInt = 500
+    """Passes over the training pictures."""
+    max_train_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps, whatever --epochs says."""
+    batch_size: PositiveInt = 64
+    """Pictures of one optimiser step."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate of AdamW: linear warm-up, then cosine to 0."""
+    lr_warmup_steps: NonNegativeInt = 500
+    """Steps of the warm-up."""
+    weight_decay: NonNegativeFloat = 1e-2
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients with a larger L2 norm are scaled down to it."""
+    cfg_dropout_prob: Probability = 0.1
+    """Chance that a picture's condition is dropped, for classifier-free guidance."""
+    min_snr_gamma: PositiveFloat | None = None
+    """Weight the loss by min(SNR, gamma) (Hang et al. 2023); none: the plain loss."""
+    ema: bool = True
+    """Keep an exponential moving average of the weights; preview and test use it."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Decay of the average; starts lower: min(decay, (1 + step) / (10 + step))."""
+    horizontal_flip: bool = True
+    """Mirror half of the training pictures."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device computes in it, else no."""
+    seed: Seed = 0
+    """Seed of weights, order, flips, noise and previews."""
+    run_name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")] = "ddpm-cfg-v1"
+    """Name of the run; its folder lies in --output_dir."""
+    output_dir: Path = ROOT / "output"
+    """Folder of all runs."""
+    resume: str | None = None
+    """auto, a run folder or a checkpoint: go on from there; other flags default to its."""
+    save_interval: PositiveInt = 50
+    """Epochs between checkpoints; the last epoch is always saved."""
+    sample_interval: PositiveInt = 10
+    """Epochs between previews; the last epoch always gets one."""
+    log_interval: PositiveInt = 20
+    """Steps between lines of metrics.jsonl."""
+    num_workers: NonNegativeInt = 0
+    """Processes that load pictures; the cache makes 0 fast enough."""
+    device: str | None = None
+    """cuda, cuda:1, mps, cpu ... (default: the best there is)."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when logged in to Weights & Biases, else offline (files in the run folder)."""
+    wandb_project: str = "iclevr-ddpm"
+    """Project name at Weights & Biases."""
+    dry_run: bool = False
+    """Print the network's stages, parameters and FLOPs, and stop."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    noise: SchedulerConfig = field(default_factory=SchedulerConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+
+def parse_args(cls: type[T], argv: Sequence[str] | None = None, default: T | None = None) -> T:
+    """Read the command line into `cls`.
+
+    Args:
+        cls: a settings dataclass; its fields become flags, its docstring the help's first line.
+        argv: the flags; None takes them from the command line.
+        default: where values not given as flags come from (None: the class's own defaults).
+
+    Raises:
+        UserError: an unknown flag or a value of the wrong type or range.
+    """
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            config = tyro.cli(
+                cls,
+                args=None if argv is None else list(argv),
+                default=default,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise UserError(_first_paragraph(captured.getvalue())) from None
+    return from_dict(cls, asdict(config), source="")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Settings as JSON-able values (paths become strings, tuples lists); see `from_dict`."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def from_dict(cls: type[T], values: Any, source: str) -> T:
+    """Rebuild settings, the inverse of `to_dict`, refusing unknown names and bad values.
+
+    Args:
+        source: the file that `values` came from, for the message; empty for the command line.
+
+    Raises:
+        UserError: naming the first bad entry, its value and what it should be.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        loc = [str(part) for part in first["loc"]]
+        # Flags have no prefixes; an index into a list (0, 1 ...) is not a name.
+        names = [part for part in loc if part.isidentifier() and not part[0].isupper()]
+        name = f"{source}: {'.'.join(loc)}" if source else f"--{names[-1] if names else loc[-1]}"
+        why = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{name} {first['input']!r}: {why}") from None
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Run a script's `main`: a user's mistake ends in one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _first_paragraph(box: str) -> str:
+    """The message inside the box that tyro draws around an error, on one line."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if re.fullmatch("─+", line)), len(lines))
+    flags = [line.split()[0] for line in lines[rule:] if line.startswith("--")]
+    hint = f" (did you mean {flags[0]}?)" if flags and "nrecognized" in lines[0] else ""
+    return " ".join(lines[:rule]) + hint + "; see --help"

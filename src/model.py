@@ -1,0 +1,101 @@
+"""The conditional network: class-embedding MLP and U-Net, and its table of stages."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import ModelConfig, UserError
+from unet import UNet2DModel
+
+
+class DiffusionModel(nn.Module):
+    """eps_theta(x_t, t, y): the U-Net with the condition's embedding added to the time embedding.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        try:
+            self.unet = UNet2DModel(
+                sample_size=config.image_size,
+                down_block_types=config.down_block_types,
+                up_block_types=config.up_block_types,
+                block_out_channels=config.block_out_channels,
+                layers_per_block=config.layers_per_block,
+                dropout=config.dropout,
+                attention_head_dim=config.attention_head_dim,
+                norm_num_groups=config.norm_num_groups,
+                class_embed_type="identity",
+                halve_every_block=config.halve_every_block,
+            )
+        except ValueError as error:
+            raise UserError(f"network settings: {error}") from None
+        dim = self.unet.time_embed_dim
+        self.class_embedding = nn.Sequential(
+            nn.Linear(config.num_classes, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.image_size = config.image_size
+
+    def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor) -> Tensor:
+        """
+        Args:
+            x_t:    (N, 3, H, W) noisy pictures
+            t:      (N,) or a scalar, timesteps in [0, T)
+            labels: (N, num_classes) multi-hot; all zeros means "no condition"
+
+        Returns:
+            (N, 3, H, W) prediction: eps, v or x_0, as it was trained
+        """
+        return self.unet(x_t, t, self.class_embedding(labels))
+
+
+def stages(config: ModelConfig) -> tuple[list[tuple[str, tuple, tuple]], int, int]:
+    """Run the network on shapes alone (no memory, no arithmetic).
+
+    Returns:
+        a list of (name, (C, H, W) in, (C, H, W) out) for every block, the number of parameters,
+        and the floating-point operations of one forward pass of one picture (a multiply-add is 2).
+    """
+    rows: list[tuple[str, tuple, tuple]] = []
+
+    def record(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            rows.append(
+                (
+                    f"{name} {type(module).__name__}",
+                    tuple(inputs[0].shape[1:]),
+                    tuple(out.shape[1:]),
+                )
+            )
+
+        return hook
+
+    with torch.device("meta"):
+        model = DiffusionModel(config).eval()
+        unet = model.unet
+        for name, module in (
+            ("conv_in", unet.conv_in),
+            *((f"down {i}", block) for i, block in enumerate(unet.down_blocks)),
+            ("mid", unet.mid_block),
+            *((f"up {i}", block) for i, block in enumerate(unet.up_blocks)),
+            ("conv_out", unet.conv_out),
+        ):
+            module.register_forward_hook(record(name))
+        x = torch.empty(1, 3, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x, torch.empty(1), torch.empty(1, config.num_classes))
+    return rows, sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+def summary(config: ModelConfig) -> str:
+    """The table of stages, parameters and FLOPs, for people."""
+    rows, parameters, flops = stages(config)
+    lines = [f"{'stage':<24}{'in (C, H, W)':>18}{'out (C, H, W)':>18}"]
+    lines += [f"{name:<24}{str(i):>18}{str(o):>18}" for name, i, o in rows]
+    lines.append(f"{parameters / 1e6:.1f} M parameters, {flops / 1e9:.1f} GFLOP a forward picture")
+    return "\n".join(lines)

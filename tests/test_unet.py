@@ -1,0 +1,199 @@
+"""The U-Net equals diffusers' with the same arguments and weights, and has the report's stages."""
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+
+from config import ModelConfig, UserError
+from model import DiffusionModel, stages
+from unet import ResBlock2D, SelfAttention2D, UNet2DModel
+
+SPEC = dict(
+    sample_size=64,
+    in_channels=3,
+    out_channels=3,
+    layers_per_block=2,
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+    class_embed_type="identity",
+)
+CONFIGS = {
+    "spec": SPEC,
+    "unconditional, 3 layers, attention first and last": dict(
+        sample_size=16,
+        layers_per_block=3,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"),
+        norm_num_groups=16,
+    ),
+    "one layer, widths not a multiple of the head, 4 in 6 out": dict(
+        sample_size=8,
+        in_channels=4,
+        out_channels=6,
+        layers_per_block=1,
+        block_out_channels=(20, 36),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D"),
+        norm_num_groups=4,
+        class_embed_type="identity",
+    ),
+    "one resolution, one head, odd width, other eps": dict(
+        sample_size=8,
+        block_out_channels=(15,),
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
+        attention_head_dim=None,
+        norm_num_groups=5,
+        norm_eps=1e-3,
+    ),
+    "wide heads, narrowing channels": dict(
+        sample_size=32,
+        block_out_channels=(64, 32, 32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+        norm_num_groups=8,
+        class_embed_type="identity",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_diffusers_in_both_directions(name):
+    arguments = CONFIGS[name]
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(**arguments).eval()
+    ours = UNet2DModel(**arguments).eval()
+    ours.load_state_dict(theirs.state_dict())  # strict: the same names and shapes
+    size = arguments["sample_size"]
+    x = torch.randn(2, arguments.get("in_channels", 3), size, size)
+    t = torch.tensor([3, 470])
+    labels = None
+    if arguments.get("class_embed_type"):
+        labels = torch.randn(2, ours.time_embed_dim)
+    with torch.no_grad():
+        expected = theirs(x, t, labels).sample
+        assert (ours(x, t, labels) - expected).abs().max() <= 1e-5
+        assert (ours(x, 3, labels) - theirs(x, 3, labels).sample).abs().max() <= 1e-5
+        # The other way round, with our own initialisation.
+        fresh = UNet2DModel(**arguments).eval()
+        theirs.load_state_dict(fresh.state_dict())
+        assert (fresh(x, t, labels) - theirs(x, t, labels).sample).abs().max() <= 1e-5
+        assert not torch.allclose(fresh(x, t, labels), expected, atol=1e-2)
+
+
+def test_gradients_equal_diffusers():
+    arguments = CONFIGS["wide heads, narrowing channels"]
+    torch.manual_seed(0)
+    theirs, ours = diffusers.UNet2DModel(**arguments), UNet2DModel(**arguments)
+    ours.load_state_dict(theirs.state_dict())
+    x, t, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 99]), torch.randn(2, 256)
+    theirs(x, t, labels).sample.square().mean().backward()
+    ours(x, t, labels).square().mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_equals_diffusers():
+    """Block by block: diffusers' attention draws random numbers for a dropout of 0 too."""
+    torch.manual_seed(0)
+    theirs = ResnetBlock2D(
+        in_channels=8, out_channels=16, temb_channels=32, groups=4, eps=1e-5, dropout=0.3
+    )
+    ours = ResBlock2D(8, 16, temb_channels=32, groups=4, dropout=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    x, temb = torch.randn(2, 8, 4, 4), torch.randn(2, 32)
+    torch.manual_seed(1)
+    expected = theirs(x, temb)
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours(x, temb), expected)
+    assert not torch.allclose(ours(x, temb), expected)  # another mask
+    model = UNet2DModel(**CONFIGS["spec"] | dict(block_out_channels=(32,) * 6, dropout=0.3))
+    blocks = [m for m in model.modules() if isinstance(m, ResBlock2D)]
+    assert len(blocks) == 6 * 2 + 2 + 6 * 3 and all(b.dropout.p == 0.3 for b in blocks)
+
+
+def test_attention_equals_the_written_out_softmax():
+    torch.manual_seed(0)
+    attention = SelfAttention2D(channels=32, head_dim=8, groups=4)
+    x = torch.randn(3, 32, 4, 5)
+    tokens = attention.group_norm(x).reshape(3, 32, 20).transpose(1, 2)
+    heads = []
+    for head in range(4):
+        part = slice(8 * head, 8 * head + 8)
+        q, k, v = (f(tokens)[:, :, part] for f in (attention.to_q, attention.to_k, attention.to_v))
+        heads.append(torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1) @ v)
+    expected = attention.to_out[0](torch.cat(heads, -1)).transpose(1, 2).reshape(x.shape) + x
+    torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_report_stages():
+    """The report's table: six halvings to 1x1 and back, attention at 4x4, GroupNorm(8)."""
+    config = ModelConfig(halve_every_block=True, norm_num_groups=8)
+    rows, _, _ = stages(config)
+    table = {name: (i, o) for name, i, o in rows}
+    down = [("DownBlock2D", 64, 3, 128), ("DownBlock2D", 32, 128, 128),
+            ("DownBlock2D", 16, 128, 256), ("DownBlock2D", 8, 256, 256),
+            ("AttnDownBlock2D", 4, 256, 512), ("DownBlock2D", 2, 512, 512)]  # fmt: skip
+    for i, (kind, size, c_in, c_out) in enumerate(down):
+        # The report counts conv_in (3 -> 128) to the first block.
+        entry = table["conv_in Conv2d"][0] if i == 0 else table[f"down {i} {kind}"][0]
+        assert entry == (c_in, size, size)
+        assert table[f"down {i} {kind}"][1] == (c_out, size // 2, size // 2)
+    assert table["mid UNetMidBlock2D"] == ((512, 1, 1), (512, 1, 1))
+    for i, size in enumerate((1, 2, 4, 8, 16, 32)):
+        kind = "AttnUpBlock2D" if i == 1 else "UpBlock2D"
+        i_shape, o_shape = table[f"up {i} {kind}"]
+        assert (i_shape[1], o_shape[1]) == (size, 2 * size)
+        assert o_shape[0] == (512, 512, 256, 256, 128, 128)[i]
+    torch.manual_seed(0)
+    model = DiffusionModel(config)
+    assert all(m.num_groups == 8 for m in model.modules() if isinstance(m, torch.nn.GroupNorm))
+    assert model(torch.randn(1, 3, 64, 64), torch.tensor([5]), torch.zeros(1, 24)).shape == (
+        1,
+        3,
+        64,
+        64,
+    )
+
+
+def test_size_is_that_of_the_spec():
+    """113.7 M parameters and 31.0 GFLOP a forward, as counted with diffusers."""
+    _, parameters, flops = stages(ModelConfig())
+    assert round(parameters / 1e6, 1) == pytest.approx(113.7, abs=0.3)
+    assert round(flops / 1e9, 1) == pytest.approx(31.0, abs=0.1)
+
+
+def test_condition_is_added_through_the_mlp():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        image_size=16,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+    model = DiffusionModel(config).eval()
+    x, labels = torch.randn(2, 3, 16, 16), torch.eye(24)[:2]
+    first, act, second = model.class_embedding
+    assert (first.in_features, first.out_features, second.out_features) == (24, 128, 128)
+    expected = model.unet(x, 7, second(torch.nn.functional.silu(first(labels))))
+    torch.testing.assert_close(model(x, 7, labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(image_size=48), "multiple of 32"),
+        (dict(block_out_channels=(128, 128)), "same length"),
+        (dict(norm_num_groups=3), "multiple of"),
+        (dict(attention_head_dim=1024), "attention_head_dim"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        DiffusionModel(ModelConfig(**changes))
