@@ -27,6 +27,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
+Precision = Literal["auto", "no", "bf16", "fp16"]
 SchedulerName = Literal["ddpm", "ddim"]
 DownBlockType = Literal["DownBlock2D", "AttnDownBlock2D"]
 UpBlockType = Literal["UpBlock2D", "AttnUpBlock2D"]
@@ -119,6 +120,8 @@ class SamplingConfig(Settings):
     """Classifier-free guidance w in eps_uncond + w (eps_cond - eps_uncond); 1 is none."""
     batch_size: PositiveInt = 64
     """Pictures drawn at a time; the pictures do not depend on it."""
+    mixed_precision: Precision = "auto"
+    """auto: bf16 where the device computes in it, else no (float32)."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class TrainConfig(Settings):
     """Decay of the average; starts lower: min(decay, (1 + step) / (10 + step))."""
     horizontal_flip: bool = True
     """Mirror half of the training pictures."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    mixed_precision: Precision = "auto"
     """auto: bf16 where the device computes in it, else no."""
     seed: Seed = 0
     """Seed of weights, order, flips, noise and previews."""

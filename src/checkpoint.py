@@ -1,0 +1,130 @@
+"""Checkpoints: plain dicts of tensors and settings, read without running code from the file."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import TrainConfig, UserError, from_dict, to_dict
+from files import atomic_write
+from model import DiffusionModel
+
+FORMAT = "iclevr-ddpm-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds; `training` (optimiser and the like) only matters for resuming."""
+
+    config: TrainConfig
+    objects: dict[str, int]
+    """Name -> index of the condition's entries, as trained."""
+    model: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor] | None
+    epoch: int
+    """Epochs done."""
+    step: int
+    """Optimiser steps done."""
+    training: dict[str, Any]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, atomically.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written to.
+    """
+    content = {
+        "format": FORMAT,
+        "config": to_dict(checkpoint.config),
+        "objects": checkpoint.objects,
+        "model": checkpoint.model,
+        "ema": checkpoint.ema,
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "training": checkpoint.training,
+    }
+    save_tensors(path, content)
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values, atomically; `read_tensors` reads it.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written to.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk this way
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint of src/train.py.
+
+    Raises:
+        UserError: missing, damaged, or not such a file.
+    """
+    remedy = "name a file of src/train.py, output/<run>/checkpoints/model_epoch_N.pth"
+    content = read_tensors(path, remedy, device)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r}; {remedy}")
+    missing = {"config", "objects", "model", "ema", "epoch", "step", "training"} - content.keys()
+    if missing:
+        raise UserError(f"{path}: has no {', '.join(sorted(missing))}; {remedy}")
+    config = from_dict(TrainConfig, content["config"], source=str(path))
+    return Checkpoint(config, *(content[key] for key in
+                      ("objects", "model", "ema", "epoch", "step", "training")))  # fmt: skip
+
+
+def load_model(checkpoint: Checkpoint, path: Path, device: torch.device) -> DiffusionModel:
+    """The network with the averaged weights if there are any, ready for sampling.
+
+    Raises:
+        UserError: the weights are not those of the settings in the checkpoint.
+    """
+    model = DiffusionModel(checkpoint.config.model)
+    load_weights(model, checkpoint.ema or checkpoint.model, path)
+    return model.to(device).eval()
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict, every name and shape as expected.
+
+    Raises:
+        UserError: anything missing, left over or of another shape.
+    """
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: weights do not fit its settings ({why})") from None
+
+
+def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a dict saved by torch; no code in the file is run (`weights_only=True`).
+
+    Raises:
+        UserError: missing, damaged, in need of running code, or no dict; ends with `remedy`.
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}; {remedy}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: damaged, or would run code when read, which is refused; {remedy}"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
+        why = " ".join(str(error).split())[:100]
+        raise UserError(f"{path}: damaged or not a checkpoint ({why}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict; {remedy}")
+    return content

@@ -1,0 +1,283 @@
+"""i-CLEVR as the course hands it out: labels, conditions and pictures."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from config import ROOT, DataConfig, UserError
+from files import read_json
+from image_cache import load_images
+
+Mode = Literal["train", "test", "new_test"]
+SPLITS = ("test", "new_test")
+HOW_TO_GET_DATA = (
+    "put the course's objects.json, train.json, test.json, new_test.json and iclevr/ there, "
+    "or render a stand-in with: python src/render_iclevr.py"
+)
+
+
+@dataclass(frozen=True)
+class DataPaths:
+    """Where things were found; `evaluator` is None when there is none."""
+
+    data_dir: Path
+    image_dir: Path
+    evaluator: Path | None
+
+
+def find_data(config: DataConfig) -> DataPaths:
+    """Settle the default places: the course's files in data/ come before the stand-in.
+
+    Raises:
+        UserError: nothing there; says how to get either kind of data.
+    """
+    if config.data_dir is not None:
+        data_dir = config.data_dir
+    else:
+        candidates = [ROOT / "data", ROOT / "data" / "standin"]
+        found = [folder for folder in candidates if (folder / "objects.json").exists()]
+        if not found:
+            raise UserError(f"no data in {candidates[0]}: {HOW_TO_GET_DATA}")
+        data_dir = found[0]
+    evaluator = config.evaluator
+    if evaluator is None:
+        weights = [data_dir / "checkpoint.pth", data_dir / "evaluator.pth"]
+        evaluator = next((path for path in weights if path.exists()), None)
+    return DataPaths(data_dir, config.image_dir or data_dir / "iclevr", evaluator)
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+def read_objects(data_dir: Path) -> dict[str, int]:
+    """Read objects.json: name -> index in [0, number of objects).
+
+    Raises:
+        UserError: not a dict of names to distinct indices 0, 1, 2 ...
+    """
+    path = Path(data_dir) / "objects.json"
+    objects = read_json(path, HOW_TO_GET_DATA)
+    if not isinstance(objects, dict) or not objects:
+        raise UserError(f"{path}: expected a dict of object name -> index, e.g. {{'red cube': 1}}")
+    for name, index in objects.items():
+        if type(index) is not int:
+            raise UserError(f"{path}: index of {name!r} is {index!r}, not an integer")
+    if sorted(objects.values()) != list(range(len(objects))):
+        raise UserError(f"{path}: the indices are not 0 ... {len(objects) - 1}, each once")
+    return objects
+
+
+def encode_labels(names: Iterable[str], objects: dict[str, int]) -> Tensor:
+    """Object names -> multi-hot vector, (number of objects,) float32. The inverse: decode_labels.
+
+    Raises:
+        UserError: no names, an unknown one, or one named twice.
+    """
+    if not isinstance(names, (list, tuple)) or not names:
+        raise UserError(f"{names!r} is not a non-empty list of object names")
+    label = torch.zeros(len(objects))
+    for name in names:
+        if not isinstance(name, str) or name not in objects:
+            near = difflib.get_close_matches(str(name).lower(), objects, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(objects)}"
+            raise UserError(f"unknown object {name!r}; {hint}")
+        if label[objects[name]]:
+            raise UserError(f"object {name!r} is named twice; a scene holds each object once")
+        label[objects[name]] = 1
+    return label
+
+
+def decode_labels(label: Tensor, objects: dict[str, int]) -> list[str]:
+    """Multi-hot vector -> object names, in the order of their indices."""
+    names = {index: name for name, index in objects.items()}
+    return [names[index] for index in label.nonzero().flatten().tolist()]
+
+
+def parse_prompt(prompt: str, objects: dict[str, int]) -> list[str]:
+    """'red sphere, cyan cube' -> ['red sphere', 'cyan cube'], checked.
+
+    Raises:
+        UserError: as `encode_labels`.
+    """
+    names = [" ".join(part.split()) for part in prompt.split(",")]
+    try:
+        encode_labels(names, objects)
+    except UserError as error:
+        raise UserError(f"--prompt {prompt!r}: {error}") from None
+    return names
+
+
+def read_conditions(data_dir: Path, split: str, objects: dict[str, int]) -> list[list[str]]:
+    """Read test.json or new_test.json: a list of lists of object names.
+
+    Raises:
+        UserError: another shape, or an entry that `encode_labels` refuses.
+    """
+    path = Path(data_dir) / f"{split}.json"
+    conditions = read_json(path, HOW_TO_GET_DATA)
+    if not isinstance(conditions, list) or not conditions:
+        raise UserError(f"{path}: expected a non-empty list of lists of object names")
+    _encode_all(path, enumerate(conditions), objects)
+    return conditions
+
+
+def read_train(data_dir: Path, objects: dict[str, int]) -> tuple[list[str], Tensor]:
+    """Read train.json: N file names and their labels (N, number of objects).
+
+    Raises:
+        UserError: another shape, a name that leads out of the folder, or bad object names.
+    """
+    path = Path(data_dir) / "train.json"
+    entries = read_json(path, HOW_TO_GET_DATA)
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(f"{path}: expected a non-empty dict of file name -> object names")
+    for name in entries:
+        if name in ("", ".", "..") or any(c in name for c in "/\\\0:"):
+            raise UserError(f"{path}: {name!r} is not a plain file name")
+    return list(entries), _encode_all(path, entries.items(), objects)
+
+
+def _encode_all(path: Path, entries: Iterable[tuple[Any, Any]], objects: dict[str, int]) -> Tensor:
+    labels = []
+    for key, names in entries:
+        try:
+            labels.append(encode_labels(names, objects))
+        except UserError as error:
+            raise UserError(f"{path}: entry {key!r}: {error}") from None
+    return torch.stack(labels)
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 in [0, 255] -> float32 in [-1, 1] (mean 0.5, std 0.5)."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8 in [0, 255], rounded; values outside are clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class IclevrDataset(Dataset):
+    """i-CLEVR.
+
+    Mode "train": item `index` or `(index, flip)` is a picture (3, S, S) float32 in [-1, 1],
+    mirrored if `flip`, and its label (number of objects,) float32. Modes "test" and "new_test":
+    item `index` is a label; there are no pictures.
+
+    Args:
+        data_dir: folder of the JSON files.
+        image_dir: folder of the training pictures; may be None for the test modes.
+        image_size: S, side in pixels.
+
+    Raises:
+        UserError: files missing or malformed, see the functions above.
+    """
+
+    def __init__(self, data_dir: Path, image_dir: Path | None, mode: Mode, image_size: int = 64):
+        self.mode = mode
+        self.objects = read_objects(data_dir)
+        if mode == "train":
+            self.names, self.labels = read_train(data_dir, self.objects)
+            self.cache = load_images(
+                Path(image_dir), self.names, image_size, Path(data_dir) / ".cache"
+            )
+        elif mode in SPLITS:
+            self.conditions = read_conditions(data_dir, mode, self.objects)
+            self.labels = torch.stack([encode_labels(c, self.objects) for c in self.conditions])
+        else:
+            raise ValueError(f"mode {mode!r}: use train, test or new_test")
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """(N, 3, S, S) uint8, memory-mapped."""
+        return np.load(self.cache, mmap_mode="r")
+
+    def __getstate__(self) -> dict:
+        # A loader's worker opens the map itself; pickled, it would become a copy in memory.
+        return {key: value for key, value in self.__dict__.items() if key != "images"}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, item: int | tuple[int, bool]) -> tuple[Tensor, Tensor] | Tensor:
+        if self.mode != "train":
+            return self.labels[item]
+        images, labels = self.__getitems__([item if isinstance(item, tuple) else (item, False)])
+        return images[0], labels[0]
+
+    def __getitems__(self, items: Sequence) -> tuple[Tensor, Tensor] | Tensor:
+        """A whole batch at once: (B, 3, S, S), (B, number of objects); test modes: labels."""
+        if self.mode != "train":
+            return self.labels[list(items)]
+        index, flip = zip(*items, strict=True)
+        images = normalize(torch.from_numpy(self.images[list(index)]))
+        images = torch.where(torch.tensor(flip)[:, None, None, None], images.flip(-1), images)
+        return images, self.labels[list(index)]
+
+
+class TrainSampler(Sampler[list[tuple[int, bool]]]):
+    """Batches of (index, flip) for training: an epoch's order and flips follow from (seed, epoch).
+
+    So nothing is hidden in the state of a loader or its workers: `set_position` takes up an
+    interrupted run where it stopped. The last, smaller batch of an epoch is left out.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, horizontal_flip: bool = True):
+        self.num_images, self.batch_size = num_images, min(batch_size, num_images)
+        self.seed, self.horizontal_flip = seed, horizontal_flip
+        self.set_position(epoch=0)
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """Go to batch `batch` of epoch `epoch` (both from 0)."""
+        self.epoch, self.batch = epoch, batch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self.num_images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(self.num_images)
+        flips = rng.random(self.num_images) < 0.5 * self.horizontal_flip
+        for batch in range(self.batch, len(self)):
+            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield list(zip(order[part].tolist(), flips[part].tolist(), strict=True))
+
+
+def get_dataloader(
+    data_dir: Path,
+    image_dir: Path | None,
+    mode: Mode,
+    batch_size: int,
+    num_workers: int = 0,
+    image_size: int = 64,
+    seed: int = 0,
+    horizontal_flip: bool = True,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches of pictures and labels ("train": shuffled, flipped) or of labels in file order.
+
+    The epoch of the training order is set by `loader.batch_sampler.set_position(epoch)`.
+    Arguments and errors as for `IclevrDataset` and `TrainSampler`.
+    """
+    dataset = IclevrDataset(data_dir, image_dir, mode, image_size)
+    options = dict(num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_is)
+    if mode == "train":
+        sampler = TrainSampler(len(dataset), batch_size, seed, horizontal_flip)
+        return DataLoader(dataset, batch_sampler=sampler, **options)
+    return DataLoader(dataset, batch_size=batch_size, **options)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # IclevrDataset.__getitems__ has made it a batch already

@@ -1,0 +1,53 @@
+"""Which device and number format to compute in."""
+
+import contextlib
+
+import torch
+
+from config import Precision, UserError
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the best there is: CUDA, Apple's MPS, else the CPU.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {why}; leave it out for the best there is") from None
+    if device.type == "meta":
+        raise UserError("--device meta: computes nothing; leave it out for the best there is")
+    return device
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The low-precision type to compute in; None for plain float32.
+
+    "auto" is bfloat16 where the hardware multiplies in it, else float32.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        elif device.type == "cpu":
+            has = torch.cpu.get_capabilities()
+            native = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+        else:
+            native = False
+        precision = "bf16" if native else "no"
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """torch.autocast in `dtype`, or nothing for None."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)

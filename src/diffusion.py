@@ -1,0 +1,212 @@
+"""Noise in, noise out: training loss, guidance and sampling over diffusers' schedulers.
+
+Symbols as in DDPM (Ho et al. 2020): x_0 a picture in [-1, 1], x_t the same after t steps of noise,
+eps the noise, alphas_cumprod (alpha-bar) the share of signal left. Timesteps run from 0 to T - 1.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import SamplingConfig, SchedulerConfig, UserError
+from device import autocast, autocast_dtype
+
+SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+
+
+def make_scheduler(config: SchedulerConfig, name: str = "ddpm") -> DDPMScheduler | DDIMScheduler:
+    """diffusers' scheduler `name` with the schedule the network was trained with."""
+    return SCHEDULERS[name](
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        timestep_spacing=config.timestep_spacing,
+        clip_sample=False,  # as in the original
+    )
+
+
+def drop_labels(labels: Tensor, prob: float, generator: torch.Generator | None = None) -> Tensor:
+    """Set whole conditions to zero ("no condition"), each with chance `prob`: (N, K) -> (N, K).
+
+    Classifier-free guidance trains both networks in one this way (Ho & Salimans 2022,
+    algorithm 1); drawn for every picture by itself, not once for a batch.
+    """
+    keep = torch.rand(len(labels), 1, device=labels.device, generator=generator) >= prob
+    return labels * keep
+
+
+def training_loss(
+    model: nn.Module,
+    scheduler: DDPMScheduler,
+    x_0: Tensor,
+    labels: Tensor,
+    cfg_dropout_prob: float = 0.1,
+    min_snr_gamma: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """E |target - model(x_t, t, y)|^2 for random t and eps (Ho et al. 2020, equation 14).
+
+    Args:
+        x_0:    (N, 3, H, W) pictures in [-1, 1]
+        labels: (N, K) multi-hot conditions
+        min_snr_gamma: weight each picture by min(SNR, gamma) in terms of x_0 (Hang et al. 2023,
+            section 3.4), rewritten for what the network predicts; None: weight 1.
+        generator: of t, eps and the dropped conditions, on the device of `x_0`.
+
+    Returns:
+        scalar: mean over pictures and pixels.
+    """
+    random = dict(device=x_0.device, generator=generator)
+    t = torch.randint(scheduler.config.num_train_timesteps, (len(x_0),), **random)
+    eps = torch.randn(x_0.shape, **random)
+    x_t = scheduler.add_noise(x_0, eps, t)
+    prediction = model(x_t, t, drop_labels(labels, cfg_dropout_prob, generator)).float()
+
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        target = eps
+    elif kind == "v_prediction":
+        target = scheduler.get_velocity(x_0, eps, t)
+    else:
+        target = x_0
+    loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))  # (N,)
+    if min_snr_gamma is not None:
+        loss = loss * min_snr_weight(scheduler, t, min_snr_gamma)
+    return loss.mean()
+
+
+def min_snr_weight(scheduler: DDPMScheduler, t: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weight of the loss at `t` (Hang et al. 2023): (N,) -> (N,).
+
+    The loss on x_0 with weight min(SNR, gamma) equals the loss on eps with that weight over SNR,
+    and on v over SNR + 1, where SNR = alphas_cumprod / (1 - alphas_cumprod).
+    """
+    alphas_cumprod = scheduler.alphas_cumprod.to(t.device)[t]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    per_x_0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / per_x_0[scheduler.config.prediction_type]
+
+
+def guided_noise(
+    model: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor, guidance_scale: float
+) -> Tensor:
+    """Classifier-free guidance: eps_uncond + w (eps_cond - eps_uncond), the one place for it.
+
+    w = 1 is the plain conditional network, w = 0 the unconditional one; for these two only one
+    of both is run. (Ho & Salimans 2022, equation 6, call w - 1 what is w here.) For a network
+    that predicts v or x_0 the same line guides eps as well: at a given x_t both are linear in it.
+
+    Args:
+        x_t:    (N, 3, H, W)
+        t:      scalar timestep
+        labels: (N, K) multi-hot
+
+    Returns:
+        (N, 3, H, W) float32, the guided prediction
+    """
+    if guidance_scale == 1:
+        return model(x_t, t, labels).float()
+    if guidance_scale == 0:
+        return model(x_t, t, torch.zeros_like(labels)).float()
+    both = model(torch.cat([x_t, x_t]), t, torch.cat([torch.zeros_like(labels), labels]))
+    uncond, cond = both.float().chunk(2)
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def picture_seeds(seed: int, count: int) -> list[int]:
+    """One seed for every picture of a set; sets with other `seed`s share none of them."""
+    return [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(count)]
+
+
+def check_steps(noise: SchedulerConfig, config: SamplingConfig) -> int:
+    """Denoising steps of a sampling run, checked.
+
+    Raises:
+        UserError: more steps than were trained, or a number at which diffusers' timesteps
+            would miss the start of the schedule or step unevenly.
+    """
+    total = noise.num_train_timesteps
+    steps = config.num_inference_steps or (total if config.scheduler == "ddpm" else min(50, total))
+    if steps > total:
+        raise UserError(
+            f"--num_inference_steps {steps}: the network knows {total} timesteps; use at most that"
+        )
+    # "leading" counts in strides of T // n from 0, and so does a DDIM step whatever the spacing:
+    # with T = 500 and n = 300 sampling would start at t = 299, and at noise it never saw there.
+    uneven = total % steps and (noise.timestep_spacing == "leading" or config.scheduler == "ddim")
+    if uneven and config.num_inference_steps:
+        near = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
+        raise UserError(
+            f"--num_inference_steps {steps}: does not divide the {total} trained timesteps; "
+            f"the nearest that does is {near}"
+        )
+    if uneven:
+        steps = max(n for n in range(1, steps + 1) if total % n == 0)
+    return steps
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    noise: SchedulerConfig,
+    labels: Tensor,
+    seeds: Sequence[int],
+    config: SamplingConfig,
+    num_intermediates: int = 0,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Draw pictures for conditions: from noise to x_0 with guidance.
+
+    Every picture has its own random numbers, made on the CPU: it does not depend on the batch it
+    is drawn in, nor on the device but for rounding.
+
+    Args:
+        model: the network, on its device; put into eval mode.
+        noise: the schedule the network was trained with.
+        labels: (N, K) multi-hot conditions.
+        seeds: N seeds.
+        config: scheduler, steps, guidance scale, batch size, number format.
+        num_intermediates: pictures to keep on the way, evenly spaced, noise and result included.
+        progress: show a progress bar.
+
+    Returns:
+        pictures (N, 3, S, S) float32 in [-1, 1] on the CPU, and the kept x_t
+        (num_intermediates, N, 3, S, S), clipped to [-1, 1] as well.
+    """
+    if len(labels) != len(seeds):
+        raise ValueError(f"{len(labels)} labels but {len(seeds)} seeds")
+    model.eval()
+    device = next(model.parameters()).device
+    dtype = autocast_dtype(config.mixed_precision, device)
+    size = model.image_size
+    steps = check_steps(noise, config)
+    scheduler = make_scheduler(noise, config.scheduler)
+    extra = {"eta": config.eta} if config.scheduler == "ddim" else {}
+    kept_steps = set(np.linspace(0, steps, num_intermediates).round().astype(int).tolist())
+
+    pictures, intermediates = [], []
+    starts = range(0, len(seeds), config.batch_size)
+    with tqdm(total=len(starts) * steps, desc="sample", unit="step", disable=not progress) as bar:
+        for start in starts:
+            batch = slice(start, start + config.batch_size)
+            y = labels[batch].to(device)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
+            x_t = torch.cat([torch.randn(1, 3, size, size, generator=g) for g in generators])
+            x_t = x_t.to(device)
+            scheduler.set_timesteps(steps)
+            kept = [x_t.cpu()] if 0 in kept_steps else []
+            for done, t in enumerate(scheduler.timesteps, start=1):
+                with autocast(device, dtype):
+                    prediction = guided_noise(model, x_t, t.to(device), y, config.guidance_scale)
+                x_t = scheduler.step(prediction, t, x_t, generator=generators, **extra).prev_sample
+                if done in kept_steps:
+                    kept.append(x_t.cpu())
+                bar.update()
+            pictures.append(x_t.cpu())
+            intermediates.append(torch.stack(kept) if kept else torch.empty(0, *x_t.shape))
+    return torch.cat(pictures).clamp(-1, 1), torch.cat(intermediates, dim=1).clamp(-1, 1)

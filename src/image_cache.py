@@ -1,0 +1,100 @@
+"""Pictures decoded once into a memory-mapped uint8 array, so that an epoch costs no decoding."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from config import UserError
+from files import atomic_write
+
+MAX_SIDE = 8192  # a 64 px training picture needs no more; guards against decompression bombs
+MODES = ("RGB", "RGBA", "L", "P")  # 8 bits a channel; CLEVR's own pictures are RGBA
+
+
+def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_dir: Path) -> Path:
+    """Make sure that the cache of these pictures is there and current.
+
+    The file's name holds a hash of every picture's name, size and time, so that a change of the
+    sources makes a new cache; two processes may build it at once.
+
+    Args:
+        names: N file names in `image_dir`.
+        image_size: side S in pixels that pictures are resized to (bilinear, antialiased).
+        cache_dir: folder of the cache, made if absent.
+
+    Returns:
+        a .npy file: (N, 3, S, S) uint8, in the order of `names`.
+
+    Raises:
+        UserError: pictures are missing or broken, or the cache can't be written.
+    """
+    stats, missing = [], []
+    for name in names:
+        try:
+            stats.append(os.stat(image_dir / name))
+        except OSError:
+            missing.append(name)
+    if missing:
+        few = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise UserError(
+            f"{image_dir}: {len(missing)} of {len(names)} pictures are missing ({few}); "
+            "put them there or name their folder with --image_dir"
+        )
+    sources = hashlib.sha256()
+    for name, stat in zip(names, stats, strict=True):
+        sources.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    folder = hashlib.sha256(str(image_dir.resolve()).encode()).hexdigest()[:8]
+    path = cache_dir / f"{image_size}px-{folder}-{sources.hexdigest()[:16]}.npy"
+    if path.exists():
+        return path
+
+    with atomic_write(path) as temporary:
+        cache = np.lib.format.open_memmap(
+            temporary, mode="w+", dtype=np.uint8, shape=(len(names), 3, image_size, image_size)
+        )
+
+        def decode(index: int) -> None:
+            cache[index] = read_image(image_dir / names[index], image_size)
+
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+            jobs = pool.map(decode, range(len(names)))
+            try:
+                for _ in tqdm(jobs, total=len(names), desc="decode pictures", unit="img"):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        cache.flush()
+    for old in cache_dir.glob(f"{image_size}px-{folder}-*.npy"):
+        if old != path:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def read_image(path: Path, image_size: int) -> np.ndarray:
+    """Decode and resize one picture: (3, S, S) uint8.
+
+    Raises:
+        UserError: no 8-bit picture, truncated, animated, or absurdly large.
+    """
+    try:
+        with Image.open(path) as image:
+            if max(image.size) > MAX_SIDE:
+                raise UserError(f"{path}: {image.size[0]}x{image.size[1]} pixels are too many")
+            if image.mode not in MODES or getattr(image, "n_frames", 1) > 1:
+                raise UserError(
+                    f"{path}: mode {image.mode}, {getattr(image, 'n_frames', 1)} frame(s); "
+                    "convert it to one 8-bit RGB picture"
+                )
+            resized = image.convert("RGB").resize((image_size, image_size), Image.BILINEAR)
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable picture ({error}); replace the file") from None
+    return np.asarray(resized).transpose(2, 0, 1)

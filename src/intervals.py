@@ -1,0 +1,40 @@
+"""Figures with their spread: 95% intervals of proportions and of means."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def proportion_interval(successes: int, trials: int) -> Interval:
+    """Wilson's score interval (Wilson 1927) of one draw: `successes` of `trials`, trials >= 1."""
+    result = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return Interval(successes / trials, float(result.low), float(result.high))
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean of >= 2 independent draws with Student's t interval."""
+    values = np.asarray(values, dtype=float)
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    mean = float(values.mean())
+    return Interval(mean, mean - float(half), mean + float(half))
+
+
+def accuracy_interval(correct: Sequence[int], total: int) -> Interval:
+    """Accuracy over draws of `total` objects: over the seeds if there are several, else Wilson."""
+    if len(correct) == 1:
+        return proportion_interval(correct[0], total)
+    return mean_interval([c / total for c in correct])

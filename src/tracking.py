@@ -1,0 +1,103 @@
+"""Weights & Biases, so that it never stands in the way of a run."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from config import UserError
+
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+
+
+class Tracker:
+    """Logs figures and pictures to Weights & Biases, or to nothing.
+
+    Args:
+        mode: "auto" is what WANDB_MODE says; else online when logged in, else offline. It never
+            asks a question. "online" insists.
+        project, name: where the run is filed.
+        folder: gets the files of offline runs (`wandb sync` uploads them).
+        config: settings shown with the run.
+
+    Raises:
+        UserError: mode "online" without a login or connection.
+    """
+
+    def __init__(self, mode: WandbMode, project: str, name: str, folder: Path, config: dict):
+        self.run = None
+        asked = mode
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE", "")
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+
+            if mode not in ("online", "offline"):
+                mode = "online" if wandb.login(prompt=False) else "offline"
+            elif mode == "online" and not wandb.login(prompt=False):
+                raise UserError("--wandb online: not logged in; run `wandb login` or use auto")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.run = wandb.init(
+                mode=mode,
+                project=project,
+                name=name,
+                dir=str(folder),
+                config=config,
+                reinit="finish_previous",
+                settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            )
+        except UserError:
+            raise
+        except Exception as error:  # whatever the service or its client may come up with
+            if asked == "online":
+                raise UserError(f"--wandb online: {_line(error)}; use auto or offline") from None
+            self._give_up(error)
+        else:
+            where = self.run.url if mode == "online" else f"offline, {folder / 'wandb'}"
+            print(f"wandb: {where}")
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Log figures, and Pillow pictures as pictures, at a training step."""
+        if self.run is None:
+            return
+        try:
+            import wandb
+
+            self.run.log(
+                {
+                    key: wandb.Image(value) if isinstance(value, Image.Image) else value
+                    for key, value in values.items()
+                },
+                step=step,
+            )
+        except Exception as error:
+            self._give_up(error)
+
+    def table(self, name: str, columns: list[str], rows: list[list]) -> None:
+        """Log a table."""
+        if self.run is not None:
+            import wandb
+
+            self.log({name: wandb.Table(columns=columns, data=rows)})
+
+    def finish(self) -> None:
+        """Close the run; what has not been sent yet is sent."""
+        if self.run is not None:
+            try:
+                self.run.finish()
+            except Exception as error:
+                self._give_up(error)
+            self.run = None
+
+    def _give_up(self, error: Exception) -> None:
+        """Say once that logging stops here; the work goes on."""
+        self.run = None
+        print(f"warning: wandb stopped ({_line(error)}); going on without it", file=sys.stderr)
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:160]

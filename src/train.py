@@ -1,0 +1,361 @@
+"""Train the conditional DDPM.
+
+    python src/train.py --epochs 500
+    python src/train.py --resume auto          # go on after an interruption
+
+Writes output/<run_name>/: config.json, metrics.jsonl, checkpoints/model_epoch_N.pth and previews
+samples/epoch_N.png, whose accuracy is logged.
+"""
+
+import copy
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from config import SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
+from dataset import encode_labels, find_data, get_dataloader, read_conditions
+from device import autocast, autocast_dtype, pick_device
+from diffusion import check_steps, make_scheduler, picture_seeds, sample, training_loss
+from evaluator import Evaluator, evaluate, load_evaluator
+from figures import grid, save_image
+from files import atomic_write, write_json
+from model import DiffusionModel, summary
+from tracking import Tracker
+
+# What may differ from the interrupted run when going on: how long, where, and what is shown.
+FREE_ON_RESUME = {
+    "epochs", "max_train_steps", "output_dir", "resume", "save_interval", "sample_interval",
+    "log_interval", "num_workers", "device", "wandb", "wandb_project", "dry_run", "data", "preview",
+}  # fmt: skip
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes."""
+
+    model: DiffusionModel
+    ema: DiffusionModel | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+    def training_state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, checkpoint: Checkpoint, path: Path) -> None:
+        load_weights(self.model, checkpoint.model, path)
+        if self.ema is not None:
+            load_weights(self.ema, checkpoint.ema, path)
+        self.optimizer.load_state_dict(checkpoint.training["optimizer"])
+        self.lr_scheduler.load_state_dict(checkpoint.training["lr_scheduler"])
+        self.scaler.load_state_dict(checkpoint.training["scaler"])
+        self.step = checkpoint.step
+
+
+def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
+    """Flags, and the checkpoint to go on from; on resuming, flags default to its settings.
+
+    Raises:
+        UserError: nothing to resume, a setting that can't change on the way, or a run folder
+            that is in use already.
+    """
+    config = parse_args(TrainConfig, argv)
+    run_dir = config.output_dir / config.run_name
+    if config.dry_run:
+        return config, None
+    if config.resume is None:
+        if latest_checkpoint(run_dir):
+            raise UserError(
+                f"{run_dir}: holds a run already; go on with --resume auto, "
+                "or choose another --run_name"
+            )
+        return config, None
+    source = run_dir if config.resume == "auto" else Path(config.resume)
+    path = latest_checkpoint(source) if source.is_dir() or config.resume == "auto" else source
+    if path is None:
+        raise UserError(f"--resume {config.resume}: no checkpoint in {source / 'checkpoints'}")
+    stored = load_checkpoint(path).config
+    config = parse_args(TrainConfig, argv, default=stored)
+    for name in vars(stored):
+        if name not in FREE_ON_RESUME and getattr(config, name) != getattr(stored, name):
+            raise UserError(
+                f"--{name} {getattr(config, name)}: {path} was trained with "
+                f"{getattr(stored, name)}; leave the flag out or start another --run_name"
+            )
+    return config, path
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint of the highest epoch in a run folder, or None."""
+    found = {
+        int(path.stem.rsplit("_", 1)[1]): path
+        for path in (run_dir / "checkpoints").glob("model_epoch_*.pth")
+        if path.stem.rsplit("_", 1)[1].isdigit()
+    }
+    return found[max(found)] if found else None
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * model, for all weights at once."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Random numbers of one step, from (seed, step) alone: a resumed run draws the same ones."""
+    value = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    torch.manual_seed(value)  # dropout in the network draws from the global generator
+    return torch.Generator(device).manual_seed(value)
+
+
+def train_step(
+    state: TrainState,
+    config: TrainConfig,
+    scheduler: Any,
+    x_0: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step; returns loss and gradient norm as scalars on the device."""
+    generator = step_generator(config.seed, state.step, x_0.device)
+    with autocast(x_0.device, dtype):
+        loss = training_loss(
+            state.model, scheduler, x_0, labels,
+            config.cfg_dropout_prob, config.min_snr_gamma, generator,
+        )  # fmt: skip
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.lr_scheduler.step()
+    if state.ema is not None:
+        decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
+        update_ema(state.ema, state.model, decay)
+    state.step += 1
+    return loss.detach(), grad_norm
+
+
+def build_state(config: TrainConfig, total_steps: int, device: torch.device) -> TrainState:
+    """Network, average, optimiser and schedules before the first step."""
+    torch.manual_seed(config.seed)
+    model = DiffusionModel(config.model).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+    )
+    return TrainState(
+        model,
+        copy.deepcopy(model).requires_grad_(False) if config.ema else None,
+        optimizer,
+        get_cosine_schedule_with_warmup(optimizer, config.lr_warmup_steps, total_steps),
+        torch.amp.GradScaler(
+            device.type, enabled=autocast_dtype(config.mixed_precision, device) == torch.float16
+        ),
+    )
+
+
+class Preview:
+    """Draws the test conditions with the current weights, always from the same noise."""
+
+    def __init__(self, config: TrainConfig, data_dir: Path, objects: dict, judge: Evaluator | None):
+        conditions = read_conditions(data_dir, "test", objects)
+        self.labels = torch.stack([encode_labels(names, objects) for names in conditions])
+        self.seeds = picture_seeds(config.seed, len(conditions))
+        self.noise = config.noise
+        self.sampling = SamplingConfig(
+            scheduler="ddim",
+            num_inference_steps=config.preview.preview_steps,
+            guidance_scale=config.preview.preview_guidance_scale,
+            mixed_precision=config.mixed_precision,
+        )
+        check_steps(self.noise, self.sampling)
+        self.judge = judge
+
+    def __call__(self, model: DiffusionModel, path: Path) -> dict[str, Any]:
+        """Write the grid; returns what to log."""
+        images, _ = sample(model, self.noise, self.labels, self.seeds, self.sampling)
+        picture = grid(images)
+        save_image(picture, path)
+        values: dict[str, Any] = {"preview": picture}
+        if self.judge is not None:
+            values["preview_accuracy"] = evaluate(self.judge, images, self.labels).accuracy
+        return values
+
+
+class Metrics:
+    """metrics.jsonl, one line a record; on resuming, lines of lost steps are taken out."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM end training after the current step; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.number is not None:
+            sys.exit(128 + number)
+        self.number = number
+
+
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    """Train; returns the path of the last checkpoint."""
+    config, resumed_from = read_config(argv)
+    if config.dry_run:
+        print(summary(config.model))
+        return None
+    device = pick_device(config.device)
+    dtype = autocast_dtype(config.mixed_precision, device)
+    paths = find_data(config.data)
+    loader = get_dataloader(
+        paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
+        config.model.image_size, config.seed, config.horizontal_flip,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    objects = loader.dataset.objects
+    if len(objects) != config.model.num_classes:
+        raise UserError(
+            f"{paths.data_dir / 'objects.json'}: {len(objects)} objects, but --num_classes "
+            f"{config.model.num_classes}; set --num_classes {len(objects)}"
+        )
+    judge = load_evaluator(paths.evaluator, len(objects), device) if paths.evaluator else None
+    steps_per_epoch = len(loader)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
+    state = build_state(config, total_steps, device)
+    if resumed_from:
+        state.load(load_checkpoint(resumed_from, device), resumed_from)
+        if state.step >= total_steps:
+            raise UserError(
+                f"{resumed_from}: all {state.step} steps are done; raise --epochs to go on"
+            )
+    preview = Preview(config, paths.data_dir, objects, judge)
+
+    run_dir = config.output_dir / config.run_name
+    write_json(run_dir / "config.json", to_dict(config))
+    metrics = Metrics(run_dir / "metrics.jsonl", state.step)
+    print(f"data: {len(loader.dataset)} pictures, {paths.image_dir}")
+    print(
+        f"judge: {judge.name}, {judge.path}" if judge else "judge: none, previews get no accuracy"
+    )
+    print(f"run: {run_dir}, {device}, {dtype or torch.float32}, step {state.step} of {total_steps}")
+    tracker = Tracker(config.wandb, config.wandb_project, config.run_name, run_dir, to_dict(config))
+
+    def save() -> Path:
+        path = (
+            run_dir / "checkpoints" / f"model_epoch_{math.ceil(state.step / steps_per_epoch)}.pth"
+        )
+        save_checkpoint(
+            path,
+            Checkpoint(
+                replace(config, resume=None),
+                objects,
+                state.model.state_dict(),
+                state.ema.state_dict() if state.ema else None,
+                state.step // steps_per_epoch,
+                state.step,
+                state.training_state(),
+            ),  # fmt: skip
+        )
+        return path
+
+    def log(values: dict[str, Any]) -> None:
+        tracker.log(values, state.step)
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        metrics.write({"step": state.step, "epoch": state.step / steps_per_epoch} | numbers)
+
+    scheduler = make_scheduler(config.noise)
+    shown: dict[str, str] = {}
+    saved = resumed_from
+    with (
+        StopSignal() as stop,
+        tqdm(total=total_steps, initial=state.step, desc="train", unit="step") as bar,
+    ):
+        while state.step < total_steps and stop.number is None:
+            epoch, batch = divmod(state.step, steps_per_epoch)
+            loader.batch_sampler.set_position(epoch, batch)
+            state.model.train()
+            since, losses = time.perf_counter(), []
+            for x_0, labels in loader:
+                x_0 = x_0.to(device, memory_format=torch.channels_last, non_blocking=True)
+                labels = labels.to(device, non_blocking=True)
+                lr = state.lr_scheduler.get_last_lr()[0]
+                loss, grad_norm = train_step(state, config, scheduler, x_0, labels, dtype)
+                losses.append(loss)
+                bar.update()
+                if state.step % config.log_interval == 0 or state.step == total_steps:
+                    mean_loss = torch.stack(losses).mean().item()  # waits for the device
+                    images_per_s = len(losses) * len(x_0) / (time.perf_counter() - since)
+                    log({"loss": mean_loss, "lr": lr, "grad_norm": grad_norm.item(),
+                         "images_per_s": images_per_s})  # fmt: skip
+                    shown |= {"loss": f"{mean_loss:.4f}", "lr": f"{lr:.1e}",
+                              "img/s": f"{images_per_s:.0f}"}  # fmt: skip
+                    bar.set_postfix(shown)
+                    since, losses = time.perf_counter(), []
+                if state.step == total_steps or stop.number is not None:
+                    break
+            done = state.step == total_steps
+            epoch = math.ceil(state.step / steps_per_epoch)
+            if stop.number is not None or done or epoch % config.save_interval == 0:
+                saved = save()
+            if stop.number is None and (done or epoch % config.sample_interval == 0):
+                values = preview(
+                    state.ema or state.model, run_dir / "samples" / f"epoch_{epoch}.png"
+                )
+                log(values)
+                if "preview_accuracy" in values:
+                    shown["preview"] = f"{values['preview_accuracy']:.3f}"
+    tracker.finish()
+    if stop.number is not None and state.step < total_steps:
+        print(f"stopped at step {state.step}, saved {saved}; go on with the same command and "
+              "--resume auto", file=sys.stderr)  # fmt: skip
+        sys.exit(128 + stop.number)
+    print(f"saved {saved}")
+    return saved
+
+
+if __name__ == "__main__":
+    run(main)

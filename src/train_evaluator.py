@@ -1,0 +1,179 @@
+"""Train the judge: a ResNet18 like the course's, on the pictures of train.json.
+
+    python src/train_evaluator.py
+
+Writes evaluator.pth beside the data, in the course's format (key "model"), with its accuracy on
+held-out sequences. Generated pictures are softer than the ones it learns from, and shift in
+brightness: it is trained on pictures disturbed in these ways, so that it judges objects, not
+pixels.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from checkpoint import save_tensors
+from config import (
+    DataConfig,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Seed,
+    Settings,
+    UserError,
+    parse_args,
+    run,
+)
+from dataset import IclevrDataset, find_data, normalize
+from device import autocast, autocast_dtype, pick_device
+from evaluator import IMAGE_SIZE, Evaluator, build_evaluator, evaluate
+from intervals import proportion_interval
+
+
+@dataclass(frozen=True)
+class EvaluatorConfig(Settings):
+    """Train the ResNet18 that judges pictures."""
+
+    epochs: PositiveInt = 24
+    """Passes over the training pictures."""
+    batch_size: PositiveInt = 64
+    """Pictures of one step."""
+    lr: PositiveFloat = 2e-3
+    """Peak learning rate of AdamW (one cycle)."""
+    weight_decay: NonNegativeFloat = 0.05
+    """AdamW's decoupled weight decay."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the sequences kept out of training, for the figures."""
+    name: str = "stand-in"
+    """What the judge is called in outputs."""
+    out: Path | None = None
+    """File to write (default: evaluator.pth in the data folder)."""
+    overwrite: bool = False
+    """Replace an existing file."""
+    seed: Seed = 0
+    """Seed of weights, order and disturbances."""
+    device: str | None = None
+    """cuda, cpu ... (default: the best there is)."""
+    mixed_precision: Precision = "auto"
+    """auto: bf16 where the device computes in it, else no."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def split_by_sequence(names: list[str], held_out: float) -> tuple[list[int], list[int]]:
+    """Indices of training and held-out pictures; a sequence's pictures stay together.
+
+    `CLEVR_train_000017_2.png` belongs to sequence `CLEVR_train_000017`; the last sequences by
+    name are held out.
+    """
+    sequences = sorted({name.rsplit("_", 1)[0] for name in names})
+    kept = set(sequences[: len(sequences) - max(1, round(held_out * len(sequences)))])
+    train = [i for i, name in enumerate(names) if name.rsplit("_", 1)[0] in kept]
+    return train, sorted(set(range(len(names))) - set(train))
+
+
+def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror, shift, scale, brighten, blur and add noise, each picture by its own amount.
+
+    (N, 3, H, W) in [-1, 1] -> the same.
+    """
+    n, _, height, width = x.shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(n, 1, 1, 1, device=x.device).uniform_(low, high, generator=generator)
+
+    mirror = (uniform(0, 1) < 0.5).float().view(n) * -2 + 1
+    theta = torch.zeros(n, 2, 3, device=x.device)
+    scale = uniform(0.88, 1.12).view(n)
+    theta[:, 0, 0], theta[:, 1, 1] = mirror * scale, scale
+    theta[:, :, 2] = torch.stack([uniform(-0.1, 0.1).view(n), uniform(-0.1, 0.1).view(n)], dim=1)
+    grid = F.affine_grid(theta, [n, 3, height, width], align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+    # Softness: half of the pictures partly blurred, some as coarse as a 32x32 model's.
+    soft = TF.gaussian_blur(x, kernel_size=[7, 7], sigma=[1.2, 1.2])
+    x = torch.lerp(x, soft, (uniform(-1, 1)).clamp(min=0))
+    coarse = F.interpolate(F.avg_pool2d(x, 2), (height, width), mode="bilinear")
+    x = torch.where(uniform(0, 1) < 0.25, coarse, x)
+
+    gray = x.mean(dim=(1, 2, 3), keepdim=True)
+    x = (x - gray) * uniform(0.75, 1.3) + gray + uniform(-0.2, 0.2)  # contrast, brightness
+    tint = torch.cat([uniform(-0.05, 0.05) for _ in range(3)], dim=1)  # white balance
+    noise = torch.randn(x.shape, device=x.device, generator=generator)
+    return (x + tint + noise * uniform(0, 0.06)).clamp(-1, 1)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    config = parse_args(EvaluatorConfig, argv)
+    paths = find_data(config.data)
+    out = config.out or paths.data_dir / "evaluator.pth"
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{out}: is there already; --overwrite replaces it, --out names another")
+    device = pick_device(config.device)
+    dtype = autocast_dtype(config.mixed_precision, device)
+    dataset = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE)
+    train, held_out = split_by_sequence(dataset.names, config.held_out)
+    if not train:
+        raise UserError(f"{paths.data_dir / 'train.json'}: too few sequences to hold one out")
+    images = torch.from_numpy(dataset.images[train]).to(device)  # (N, 3, 64, 64) uint8
+    labels = dataset.labels[train].to(device)
+
+    torch.manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    model = build_evaluator(labels.shape[1]).to(device, memory_format=torch.channels_last)
+    batch_size = min(config.batch_size, len(train))
+    steps = config.epochs * (len(train) // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=0.15)
+
+    with tqdm(total=steps, desc="train evaluator", unit="step") as bar:
+        for _ in range(config.epochs):
+            order = torch.randperm(len(train), generator=generator, device=device)
+            for index in order[: len(order) // batch_size * batch_size].split(batch_size):
+                x = disturb(normalize(images[index]), generator)
+                with autocast(device, dtype):
+                    logits = model.fc[0](_features(model, x))
+                loss = F.binary_cross_entropy_with_logits(logits.float(), labels[index])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                if bar.n % 20 == 0:
+                    bar.set_postfix(loss=f"{loss.item():.4f}")
+
+    judge = Evaluator(model.eval(), config.name, out)
+    result = evaluate(
+        judge,
+        normalize(torch.from_numpy(dataset.images[held_out])),
+        dataset.labels[held_out],
+    )
+    accuracy = proportion_interval(int(result.correct.sum()), int(result.total.sum()))
+    info = {
+        "train_pictures": len(train),
+        "held_out_pictures": len(held_out),
+        "held_out_accuracy": accuracy.mean,
+        "epochs": config.epochs,
+        "seed": config.seed,
+    }
+    weights = {key: value.cpu() for key, value in model.state_dict().items()}
+    save_tensors(out, {"model": weights, "name": config.name, "info": info})
+    print(f"{out}: accuracy {accuracy} on {len(held_out)} held-out pictures")
+    return info
+
+
+def _features(model: torch.nn.Module, x: Tensor) -> Tensor:
+    """The ResNet without its last layers: (N, 3, H, W) -> (N, 512)."""
+    x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+    return model.avgpool(model.layer4(model.layer3(model.layer2(model.layer1(x))))).flatten(1)
+
+
+if __name__ == "__main__":
+    run(main)

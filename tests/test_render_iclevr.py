@@ -1,0 +1,244 @@
+"""The rendered stand-in: layout, CLEVR's rules, and files that no interruption can change."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import render_iclevr
+from config import UserError
+from render_iclevr import (
+    NAMES,
+    PICTURES,
+    file_names,
+    main,
+    make_conditions,
+    object_ids,
+    render_picture,
+    sample_labels,
+    sample_sequence,
+)
+
+SMALL = ["--width", "48", "--height", "36", "--samples", "2"]
+
+
+def flags(folder: Path, sequences: int, workers: int = 2) -> list[str]:
+    counts = ["--num_sequences", str(sequences), "--num_workers", str(workers)]
+    return ["--out_dir", str(folder), *counts, *SMALL]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("standin")
+    main(flags(folder, 12, workers=1))
+    return folder
+
+
+def test_names_have_the_course_order():
+    assert len(NAMES) == 24
+    assert NAMES[0] == "gray cube" and NAMES[9] == "red sphere" and NAMES[23] == "yellow cylinder"
+
+
+def test_layout_and_label_order(rendered: Path):
+    objects = json.loads((rendered / "objects.json").read_text())
+    assert objects == {name: n for n, name in enumerate(NAMES)}
+    train = json.loads((rendered / "train.json").read_text())
+    assert list(train) == [f"CLEVR_train_{i:06d}_{k}.png" for i in range(12) for k in range(3)]
+    assert sorted(os.listdir(rendered / "iclevr")) == sorted(train)
+    for i in range(12):
+        names = [NAMES[n] for n in sample_labels(0, i)]
+        assert len(set(names)) == PICTURES
+        for k, file_name in enumerate(file_names(i)):
+            assert train[file_name] == names[: k + 1]
+    assert Image.open(rendered / "iclevr" / "CLEVR_train_000003_1.png").size == (48, 36)
+
+
+def test_conditions():
+    test, new_test = make_conditions(0)
+    assert [Counter(map(len, split)) for split in (test, new_test)] == [
+        {1: 6, 2: 12, 3: 14},
+        {2: 12, 3: 20},
+    ]
+    sets = [frozenset(names) for names in test + new_test]
+    assert len(set(sets)) == 64
+    assert sum(map(len, sets)) == 156, "an object twice in one condition"
+    counts = Counter(name for names in sets for name in names)
+    assert set(counts) == set(NAMES) and min(counts.values()) >= 5 and max(counts.values()) <= 8
+    known = {
+        frozenset(NAMES[n] for n in sample_labels(0, i)[:k]) for i in range(200) for k in (1, 2, 3)
+    }
+    assert set(sets) <= known, "a condition that no training picture shows"
+    assert make_conditions(0) == (test, new_test) != make_conditions(1)
+
+
+def test_every_object_visible_and_inside_the_frame():
+    for i in range(40):
+        sequence = sample_sequence(0, i)
+        assert (sequence.items[0].x, sequence.items[0].y) == (0, 0)
+        for count in range(1, PICTURES + 1):
+            ids = object_ids(sequence, count, 320, 240)
+            border = np.concatenate([ids[0], ids[-1], ids[:, 0], ids[:, -1]])
+            assert (border == -1).all(), f"sequence {i}: an object is cut by the frame"
+            pixels = [(ids == k).sum() for k in range(count)]
+            # 200 on the coarser grid of the check; a pixel more or less at the edges here.
+            assert min(pixels) >= 180, f"sequence {i}: an object is hidden, {pixels}"
+
+
+def test_hidden_and_cut_objects_are_refused():
+    camera, lamps = sample_sequence(0, 0).camera, sample_sequence(0, 0).lamps
+    toward = camera[:2] / np.linalg.norm(camera[:2])
+
+    def well_seen(*places: np.ndarray) -> bool:
+        # A cylinder, a ball behind or before it, a cube.
+        items = [
+            render_iclevr.Item(index, *place, 0.0)
+            for index, place in zip((16, 8, 0), places, strict=True)
+        ]
+        return render_iclevr._well_seen(render_iclevr.Sequence(camera, lamps, tuple(items)))
+
+    side = 2.5 * np.array([-toward[1], toward[0]])
+    assert well_seen(0 * toward, side, -side)
+    assert not well_seen(0 * toward, -0.5 * toward, side), "hidden behind the first object"
+    assert not well_seen(0 * toward, side, 2 * side), "cut by the frame"
+    assert not well_seen(0 * toward, side, 9 * side), "outside the frame"
+
+
+def test_each_picture_adds_one_object():
+    for i in range(6):
+        sequence = sample_sequence(5, i)
+        pictures = [render_picture(sequence, k, 96, 72, 4).astype(int) for k in (1, 2, 3)]
+        for k in (1, 2):
+            change = np.abs(pictures[k] - pictures[k - 1]).max(-1)
+            new = object_ids(sequence, k + 1, 96, 72) == k
+            assert np.median(change[new]) > 12, "the new object does not show"
+            # Away from it and from its shadow nothing changes: same camera, lamps and objects.
+            assert (change == 0).mean() > 0.5
+            earlier = (object_ids(sequence, k + 1, 96, 72) >= 0) & ~new
+            assert np.median(change[earlier]) <= 12, "earlier objects changed"
+
+
+def test_object_shows_its_color():
+    rgb = {"red": [0], "green": [1], "blue": [2], "cyan": [1, 2], "yellow": [0, 1]}
+    seen = set()
+    for i in range(30):
+        sequence = sample_sequence(0, i)
+        color = NAMES[sequence.items[0].index].split()[0]
+        if color in rgb and color not in seen:
+            seen.add(color)
+            pixels = render_picture(sequence, 1, 96, 72, 4)[object_ids(sequence, 1, 96, 72) == 0]
+            mean = pixels.mean(0)
+            others = [c for c in range(3) if c not in rgb[color]]
+            assert mean[rgb[color]].min() > mean[others].max() + 20, (color, mean)
+    assert seen == set(rgb)
+
+
+def test_analytic_shapes_agree_with_points_on_them():
+    """A ray towards a point inside an object meets it, where the object's surface is."""
+    rng = np.random.default_rng(0)
+    for index in (0, 8, 16):  # cube, sphere, cylinder
+        item = render_iclevr.Item(index, 1.0, -2.0, 0.4)
+        radius = render_iclevr.RADIUS
+        centre = np.array([1.0, -2.0, radius])
+        origins = centre[:, None] + 5 * render_iclevr._unit(rng.normal(size=3))[:, None]
+        inner = centre[:, None] + rng.uniform(-0.5, 0.5, (3, 500)) * radius
+        rays = (inner - origins).astype(np.float32)
+        distance = render_iclevr._hit(item, origins.astype(np.float32), rays)
+        assert (distance < 1).all()
+        local = origins + distance * rays - centre[:, None]
+        c, s = np.cos(0.4), np.sin(0.4)
+        x, y, z = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ local / radius
+        level = {
+            0: np.abs([x, y, z]).max(0),
+            8: np.sqrt(x**2 + y**2 + z**2),
+            16: np.maximum(np.hypot(x, y), abs(z)),
+        }[index]
+        assert np.allclose(level, 1, atol=1e-3)
+        away = render_iclevr._hit(item, origins.astype(np.float32), -rays)
+        assert np.isinf(away).all()
+
+
+def test_workers_do_not_change_the_files(rendered: Path, tmp_path: Path):
+    main(flags(tmp_path, 12, workers=2))
+    assert contents(tmp_path) == contents(rendered)
+
+
+def test_sequences_can_be_added_and_left_out(rendered: Path, tmp_path: Path):
+    main(flags(tmp_path, 4))
+    first = contents(tmp_path)
+    main(flags(tmp_path, 12))
+    assert contents(tmp_path) == contents(rendered)
+    main(flags(tmp_path, 4))
+    assert (tmp_path / "train.json").read_bytes() == first["train.json"]
+
+
+def start(folder: Path, sequences: int) -> subprocess.Popen:
+    command = [sys.executable, render_iclevr.__file__, *flags(folder, sequences)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_pictures(folder: Path, process: subprocess.Popen, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("iclevr/CLEVR*.png"))) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_resumes_after_sigkill(tmp_path: Path):
+    process = start(tmp_path / "killed", 120)
+    wait_for_pictures(tmp_path / "killed", process, 20)
+    process.kill()
+    process.communicate(timeout=20)  # ends when no worker holds the pipes any more
+    assert not (tmp_path / "killed" / "train.json").exists()
+    left = list((tmp_path / "killed").glob("iclevr/CLEVR*.png"))
+    assert len(left) < 360, "nothing left to do: the kill came too late to test anything"
+    (tmp_path / "killed" / "iclevr" / ".tmp-CLEVR_train_000119_2-x.png").write_bytes(b"half")
+    stamps = {path: path.stat().st_mtime_ns for path in left}
+    main(flags(tmp_path / "killed", 120))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    main(flags(tmp_path / "whole", 120))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_ctrl_c_stops_with_one_line(tmp_path: Path):
+    process = start(tmp_path, 400)
+    wait_for_pictures(tmp_path, process, 3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "rerun the same command" in out and out.count("\n") == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("seed", "1"), ("samples", "3"), ("width", "50")])
+def test_other_settings_are_refused(rendered: Path, flag: str, value: str):
+    before = contents(rendered)
+    with pytest.raises(UserError, match=f"--{flag}.*another --out_dir") as error:
+        main([*flags(rendered, 12), f"--{flag}", value])
+    assert "\n" not in str(error.value)
+    assert contents(rendered) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("num_sequences", "0"), ("width", "31"), ("height", "2000"), ("samples", "0"), ("seed", "-1")],
+)
+def test_bad_settings_are_refused(tmp_path: Path, flag: str, value: str):
+    with pytest.raises(UserError, match=flag):
+        main(["--out_dir", str(tmp_path), f"--{flag}", value])
+    assert not any(tmp_path.iterdir())
