@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -115,8 +116,10 @@ def parse_prompt(prompt: str, objects: dict[str, int]) -> list[str]:
     return names
 
 
-def read_conditions(data_dir: Path, split: str, objects: dict[str, int]) -> list[list[str]]:
-    """Read test.json or new_test.json: a list of lists of object names.
+def read_conditions(
+    data_dir: Path, split: str, objects: dict[str, int]
+) -> tuple[list[list[str]], Tensor]:
+    """Read test.json or new_test.json: N lists of names, and their labels (N, objects).
 
     Raises:
         UserError: another shape, or an entry that `encode_labels` refuses.
@@ -125,8 +128,7 @@ def read_conditions(data_dir: Path, split: str, objects: dict[str, int]) -> list
     conditions = read_json(path, HOW_TO_GET_DATA)
     if not isinstance(conditions, list) or not conditions:
         raise UserError(f"{path}: expected a non-empty list of lists of object names")
-    _encode_all(path, enumerate(conditions), objects)
-    return conditions
+    return conditions, _encode_all(path, enumerate(conditions), objects)
 
 
 def read_train(data_dir: Path, objects: dict[str, int]) -> tuple[list[str], Tensor]:
@@ -168,6 +170,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def resize(images: Tensor, side: int) -> Tensor:
+    """(N, 3, H, W) in [-1, 1] -> (N, 3, side, side), bicubic and antialiased; the one place."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 class IclevrDataset(Dataset):
     """i-CLEVR.
 
@@ -193,8 +202,7 @@ class IclevrDataset(Dataset):
                 Path(image_dir), self.names, image_size, Path(data_dir) / ".cache"
             )
         elif mode in SPLITS:
-            self.conditions = read_conditions(data_dir, mode, self.objects)
-            self.labels = torch.stack([encode_labels(c, self.objects) for c in self.conditions])
+            self.conditions, self.labels = read_conditions(data_dir, mode, self.objects)
         else:
             raise ValueError(f"mode {mode!r}: use train, test or new_test")
 

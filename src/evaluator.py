@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 from checkpoint import read_tensors
 from config import UserError
-from dataset import DataPaths
+from dataset import DataPaths, resize
 
 IMAGE_SIZE = 64
 COURSE_BLOB = "ff70bd18a0c247595d56a8168cac7adcd61333e6"  # git hash-object of the course's file
@@ -42,16 +41,12 @@ class Evaluator:
     def scores(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """Scores in [0, 1], (N, K) on the CPU, of pictures (N, 3, H, W) in [-1, 1].
 
-        Pictures of another size are resized to 64x64 (bilinear, antialiased).
+        Pictures of another size are resized to 64x64.
         """
         device = next(self.model.parameters()).device
         scores = []
         for batch in images.split(batch_size):
-            batch = batch.to(device)
-            if batch.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
-                batch = F.interpolate(
-                    batch, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True
-                )
+            batch = resize(batch.to(device), IMAGE_SIZE)
             scores.append(self.model(batch).float().cpu())
         return torch.cat(scores)
 

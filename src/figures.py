@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from dataset import to_uint8
+from dataset import resize, to_uint8
 from files import atomic_write
 
 
@@ -26,8 +25,7 @@ def save_image(image: Tensor | Image.Image, path: Path) -> None:
 
 def grid(images: Tensor, columns: int = 8, side: int = 128) -> Image.Image:
     """(N, 3, H, W) in [-1, 1] -> rows of `columns` pictures, each `side` pixels wide."""
-    large = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-    return to_image(make_grid(large, nrow=columns, padding=2, pad_value=1))
+    return to_image(make_grid(resize(images, side), nrow=columns, padding=2, pad_value=1))
 
 
 def strip(images: Tensor, side: int = 128) -> Image.Image:

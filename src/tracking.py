@@ -84,6 +84,12 @@ class Tracker:
 
             self.log({name: wandb.Table(columns=columns, data=rows)})
 
+    def log_picture(self, name: str, path: Path) -> None:
+        """Log a picture file."""
+        if self.run is not None:
+            with Image.open(path) as picture:
+                self.log({name: picture.convert("RGB")})
+
     def finish(self) -> None:
         """Close the run; what has not been sent yet is sent."""
         if self.run is not None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from config import SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
-from dataset import encode_labels, find_data, get_dataloader, read_conditions
+from dataset import find_data, get_dataloader, read_conditions
 from device import autocast, autocast_dtype, pick_device
 from diffusion import check_steps, make_scheduler, picture_seeds, sample, training_loss
 from evaluator import Evaluator, evaluate, load_evaluator
@@ -177,9 +177,8 @@ class Preview:
     """Draws the test conditions with the current weights, always from the same noise."""
 
     def __init__(self, config: TrainConfig, data_dir: Path, objects: dict, judge: Evaluator | None):
-        conditions = read_conditions(data_dir, "test", objects)
-        self.labels = torch.stack([encode_labels(names, objects) for names in conditions])
-        self.seeds = picture_seeds(config.seed, len(conditions))
+        _, self.labels = read_conditions(data_dir, "test", objects)
+        self.seeds = picture_seeds(config.seed, len(self.labels))
         self.noise = config.noise
         self.sampling = SamplingConfig(
             scheduler="ddim",

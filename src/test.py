@@ -1,0 +1,145 @@
+"""Draw and score both test splits with a trained network.
+
+    python src/test.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
+    python src/test.py --ckpt_path ... --prompt "red sphere, cyan cube"
+
+Writes output/result/<run>/: images/<split>/0.png ... 31.png, a grid of each split, the way from
+noise to a picture, and accuracies.json. Network and schedule are those in the checkpoint.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from config import (
+    ROOT,
+    DataConfig,
+    SamplingConfig,
+    Seed,
+    Settings,
+    parse_args,
+    run,
+    to_dict,
+)
+from dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
+from diffusion import check_steps, picture_seeds, sample
+from evaluator import IMAGE_SIZE
+from figures import grid, save_image, strip
+from files import write_json
+from intervals import Interval, accuracy_interval
+from scoring import Bench, draw_splits, open_bench
+
+STRIP_PROMPT = ["red sphere", "cyan cylinder", "cyan cube"]
+"""The scene whose way from noise to picture is shown."""
+STRIP_PICTURES = 10
+
+
+@dataclass(frozen=True)
+class TestConfig(Settings):
+    """Draw and score the conditions of test.json and new_test.json."""
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    ckpt_path: Path
+    """Checkpoint of src/train.py."""
+    num_seeds: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Draws of every picture; with several, accuracies are their mean and 95% interval."""
+    seed: Seed = 0
+    """Seed of the first draw; the others follow."""
+    prompt: str | None = None
+    """Draw this scene instead, such as "red sphere, cyan cube"."""
+    output_dir: Path = ROOT / "output" / "result"
+    """Results go to a folder in here, named after the run."""
+    device: str | None = None
+    """cuda, cpu ... (default: the best there is)."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def draw_strip(bench: Bench, sampling: SamplingConfig, names: list[str], seed: int) -> Tensor:
+    """(STRIP_PICTURES, 3, S, S): x_T ... x_0 of one scene."""
+    label = encode_labels(names, bench.checkpoint.objects)[None]
+    _, kept = sample(
+        bench.model, bench.checkpoint.config.noise, label, picture_seeds(seed, 1), sampling,
+        num_intermediates=STRIP_PICTURES, progress=False,
+    )  # fmt: skip
+    return kept[:, 0]
+
+
+def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
+    """Draw the scene of --prompt and say what the judge sees in it."""
+    names = parse_prompt(config.prompt, bench.checkpoint.objects)
+    images = draw_strip(bench, config.sampling, names, config.seed)
+    path = folder / "prompt" / f"{'_'.join(names).replace(' ', '-')}_seed{config.seed}.png"
+    save_image(images[-1], path)
+    save_image(strip(images), path.with_name(f"{path.stem}_steps.png"))
+    scores = bench.judge.scores(images[-1:])[0]
+    detected = torch.zeros_like(scores)
+    detected[scores.topk(len(names)).indices] = 1
+    seen = ", ".join(decode_labels(detected, bench.checkpoint.objects))
+    print(f"asked for: {', '.join(names)}\njudge sees: {seen}\n{path}")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
+    """Returns the content of accuracies.json, or the path of the prompt's picture."""
+    config = parse_args(TestConfig, argv)
+    bench = open_bench(config.ckpt_path, config.data, config.device)
+    steps = check_steps(bench.checkpoint.config.noise, config.sampling)
+    sampling = replace(config.sampling, num_inference_steps=steps)
+    config = replace(config, sampling=sampling)
+    folder = config.output_dir / bench.run_name
+    if config.prompt is not None:
+        return draw_prompt(bench, config, folder)
+
+    correct: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for draw in range(config.num_seeds):
+        for split, (images, result) in draw_splits(bench, sampling, config.seed + draw).items():
+            correct[split].append(int(result.correct.sum()))
+            if draw == 0:
+                for i, image in enumerate(resize(images, IMAGE_SIZE)):
+                    save_image(image, folder / "images" / split / f"{i}.png")
+                save_image(grid(images), folder / f"{split}_grid.png")
+    names = STRIP_PROMPT if set(STRIP_PROMPT) <= bench.checkpoint.objects.keys() else None
+    if names:
+        save_image(strip(draw_strip(bench, sampling, names, config.seed)), folder / "denoising.png")
+
+    totals = {split: int(bench.labels[split].sum()) for split in SPLITS}
+    intervals = {split: accuracy_interval(correct[split], totals[split]) for split in SPLITS}
+    report = {
+        "checkpoint": str(config.ckpt_path),
+        "epoch": bench.checkpoint.epoch,
+        "step": bench.checkpoint.step,
+        "judge": bench.judge.name,
+        "sampling": to_dict(sampling),
+        "seed": config.seed,
+        "num_seeds": config.num_seeds,
+        "objects": totals,
+        "correct": correct,
+        "accuracy": {split: vars(interval) for split, interval in intervals.items()},
+    }
+    write_json(folder / "accuracies.json", report)
+    print_table(intervals, sampling, config.num_seeds)
+    print(folder)
+    return report
+
+
+def print_table(intervals: dict[str, Interval], sampling: SamplingConfig, num_seeds: int) -> None:
+    """The accuracies for people."""
+    spread = f"t over {num_seeds} seeds" if num_seeds > 1 else "Wilson, 1 draw"
+    print(
+        f"\n{sampling.scheduler}, {sampling.num_inference_steps} steps, "
+        f"guidance {sampling.guidance_scale:g}; 95% interval: {spread}"
+    )
+    print(f"{'split':<10}{'accuracy':>10}   95% interval")
+    for split, i in intervals.items():
+        print(f"{split:<10}{i.mean:>10.4f}   {i.low:.4f} - {i.high:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)

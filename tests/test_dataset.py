@@ -1,0 +1,216 @@
+"""Labels, JSON files, pictures and their cache."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import OBJECTS, write_world
+from PIL import Image
+from torchvision import transforms
+
+import dataset
+from config import DataConfig, UserError
+from dataset import IclevrDataset, TrainSampler, decode_labels, encode_labels, get_dataloader
+
+COURSE = Path(__file__).resolve().parents[2] / "shared" / "course"
+
+
+def test_labels_round_trip():
+    names = ["gray cube", "yellow sphere", "cyan cylinder"]
+    label = encode_labels(names, OBJECTS)
+    assert label.nonzero().flatten().tolist() == [0, 15, 22] and label.shape == (24,)
+    assert decode_labels(label, OBJECTS) == names
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["red ball"], "did you mean 'red"),
+        (["Red cube"], "did you mean 'red cube'"),
+        (["red cube", "red cube"], "twice"),
+        ([], "non-empty"),
+        ("red cube", "not a non-empty list"),
+        ([3], "unknown object 3"),
+    ],
+)
+def test_bad_labels_are_refused(names, words):
+    with pytest.raises(UserError, match=words):
+        encode_labels(names, OBJECTS)
+
+
+def test_prompt():
+    assert dataset.parse_prompt(" red  sphere,cyan cube", OBJECTS) == ["red sphere", "cyan cube"]
+    with pytest.raises(UserError, match="--prompt 'red sphere,': unknown object ''"):
+        dataset.parse_prompt("red sphere,", OBJECTS)
+
+
+@pytest.mark.skipif(not COURSE.exists(), reason="the course's files are not here")
+def test_the_courses_files_as_handed_out():
+    objects = dataset.read_objects(COURSE)
+    assert objects == OBJECTS and list(objects) == list(OBJECTS)
+    names, labels = dataset.read_train(COURSE, objects)
+    assert len(names) == 18009 and labels.shape == (18009, 24)
+    assert {
+        int(n.split("_")[-1][0]) + 1 == k for n, k in zip(names, labels.sum(1), strict=True)
+    } == {True}
+    for split, total in (("test", 72), ("new_test", 84)):
+        conditions, labels = dataset.read_conditions(COURSE, split, objects)
+        assert len(conditions) == 32 and labels.sum() == total
+
+
+def test_pictures_equal_the_plain_pipeline(world):
+    data = IclevrDataset(world, world / "iclevr", "train", image_size=8)
+    plain = transforms.Compose(
+        [transforms.Resize((8, 8)), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+    )
+    for index in (0, 7):
+        picture = Image.open(world / "iclevr" / data.names[index]).convert("RGB")
+        image, label = data[index]
+        torch.testing.assert_close(image, plain(picture), atol=1e-5, rtol=0)
+        flipped, _ = data[index, True]
+        assert torch.equal(flipped, image.flip(-1)) and not torch.equal(flipped, image)
+        expected = json.loads((world / "train.json").read_text())[data.names[index]]
+        assert sorted(decode_labels(label, OBJECTS)) == sorted(expected)
+    assert torch.equal(dataset.to_uint8(dataset.normalize(torch.arange(256))), torch.arange(256))
+
+
+def test_loader_modes(world):
+    train = get_dataloader(world, world / "iclevr", "train", 5, image_size=8)
+    batches = list(train)
+    assert [b[0].shape for b in batches] == [(5, 3, 8, 8)] * 2 and batches[0][1].shape == (5, 24)
+    for split in ("test", "new_test"):
+        labels = torch.cat(list(get_dataloader(world, None, split, 3)))
+        conditions = json.loads((world / f"{split}.json").read_text())
+        assert [sorted(decode_labels(x, OBJECTS)) for x in labels] == [
+            sorted(c) for c in conditions
+        ]
+
+
+def test_workers_give_the_same_batches(world):
+    def draw(workers):
+        loader = get_dataloader(world, world / "iclevr", "train", 4, workers, image_size=8)
+        loader.batch_sampler.set_position(3)
+        return [images for images, _ in loader]
+
+    assert all(torch.equal(a, b) for a, b in zip(draw(0), draw(2), strict=True))
+
+
+def test_order_and_flips_follow_from_seed_and_epoch():
+    def epoch(number, start=0, seed=0, flip=True):
+        sampler = TrainSampler(1000, 10, seed, flip)
+        sampler.set_position(number, start)
+        return list(sampler)
+
+    assert epoch(2) == epoch(2) and epoch(2)[40:] == epoch(2, start=40)
+    assert epoch(2) != epoch(3) and epoch(2) != epoch(2, seed=1)
+    items = [item for batch in epoch(0) for item in batch]
+    assert sorted(index for index, _ in items) == list(range(1000))
+    assert 440 < sum(flip for _, flip in items) < 560  # 500 +- 4 standard deviations
+    assert not any(flip for batch in epoch(0, flip=False) for _, flip in batch)
+    assert len(TrainSampler(3, 10, 0)) == 1  # fewer pictures than a batch
+
+
+def test_cache_is_reused_and_follows_the_sources(world, monkeypatch):
+    first = IclevrDataset(world, world / "iclevr", "train", 8)
+    monkeypatch.setattr("image_cache.read_image", None)  # decoding again would fail
+    again = IclevrDataset(world, world / "iclevr", "train", 8)
+    assert isinstance(again.images, np.memmap) and np.array_equal(again.images, first.images)
+    monkeypatch.undo()
+    Image.new("RGB", (20, 15), "red").save(world / "iclevr" / first.names[5])
+    changed = IclevrDataset(world, world / "iclevr", "train", 8)
+    assert (changed.images[5][0] == 255).all() and (changed.images[5][1] == 0).all()
+    assert np.array_equal(changed.images[4], first.images[4])
+    assert len(list((world / ".cache").iterdir())) == 1  # the old one is gone
+
+
+def _build(folder):
+    return IclevrDataset(folder, folder / "iclevr", "train", 64).images[:].sum()
+
+
+def test_two_processes_build_the_cache_at_once(tmp_path):
+    folder = write_world(tmp_path / "data", 300)
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        sums = pool.map(_build, [folder] * 3)
+    assert len(set(sums)) == 1 and len(list((folder / ".cache").iterdir())) == 1
+
+
+def test_missing_pictures_are_counted(world):
+    for k in range(3):
+        (world / "iclevr" / f"CLEVR_train_000001_{k}.png").unlink()
+    (world / "iclevr" / "CLEVR_train_000003_2.png").unlink()
+    with pytest.raises(
+        UserError, match=r"4 of 12 pictures are missing \(CLEVR_train_000001_0"
+    ) as e:
+        IclevrDataset(world, world / "iclevr", "train", 8)
+    assert "..." in str(e.value)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+BAD_PICTURES = {
+    "truncated": _truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no picture"),
+    "16 bit": lambda path: Image.fromarray(np.zeros((9, 9), np.uint16)).save(path),
+    "cmyk": lambda path: Image.new("CMYK", (9, 9)).save(path, format="TIFF"),
+    "animated": lambda path: Image.new("L", (9, 9)).save(
+        path, format="GIF", save_all=True, append_images=[Image.new("L", (9, 9), 9)]
+    ),
+    "absurdly large": lambda path: Image.new("L", (9000, 1)).save(path),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PICTURES)
+def test_bad_pictures_are_refused_by_name(world, kind):
+    BAD_PICTURES[kind](world / "iclevr" / "CLEVR_train_000002_1.png")
+    with pytest.raises(UserError, match="CLEVR_train_000002_1.png"):
+        IclevrDataset(world, world / "iclevr", "train", 8)
+    assert list((world / ".cache").iterdir()) == []  # no half-built cache
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("objects.json", "[]", "dict of object name"),
+        ("objects.json", "{", "not valid JSON"),
+        ("objects.json", '{"a": 0, "b": 2}', "0 ... 1, each once"),
+        ("objects.json", '{"a": "0"}', "not an integer"),
+        ("objects.json", '{"a": true}', "not an integer"),
+        ("train.json", "[]", "dict of file name"),
+        ("train.json", '{"a.png": []}', "entry 'a.png'"),
+        ("train.json", '{"a.png": ["red ball"]}', "entry 'a.png': unknown object 'red ball'"),
+        ("train.json", '{"../a.png": ["red cube"]}', "not a plain file name"),
+        ("test.json", "{}", "non-empty list of lists"),
+        ("test.json", '[["red cube"], []]', "entry 1"),
+        ("test.json", '[["red cube"], "red cube"]', "entry 1"),
+    ],
+)
+def test_bad_json_is_refused_by_file_and_entry(world, file, content, words):
+    (world / file).write_text(content)
+    mode = "test" if file == "test.json" else "train"
+    with pytest.raises(UserError, match=words) as caught:
+        IclevrDataset(world, world / "iclevr", mode, 8)
+    assert file in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_course_files_come_before_the_stand_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="render_iclevr.py"):
+        dataset.find_data(DataConfig())
+    write_world(tmp_path / "data" / "standin")
+    (tmp_path / "data" / "standin" / "evaluator.pth").touch()
+    found = dataset.find_data(DataConfig())
+    assert (
+        found.data_dir == tmp_path / "data" / "standin" and found.evaluator.name == "evaluator.pth"
+    )
+    write_world(tmp_path / "data")
+    assert dataset.find_data(DataConfig()).evaluator is None
+    (tmp_path / "data" / "checkpoint.pth").touch()
+    found = dataset.find_data(DataConfig())
+    assert found.image_dir == tmp_path / "data" / "iclevr"
+    assert found.evaluator == tmp_path / "data" / "checkpoint.pth"

@@ -1,0 +1,247 @@
+"""The forward process, the loss, guidance and sampling, against equations and diffusers."""
+
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import LinearModel
+
+from config import ModelConfig, SamplingConfig, SchedulerConfig, UserError
+from diffusion import (
+    check_steps,
+    drop_labels,
+    guided_noise,
+    make_scheduler,
+    min_snr_weight,
+    picture_seeds,
+    sample,
+    training_loss,
+)
+from model import DiffusionModel
+
+NOISE = SchedulerConfig(num_train_timesteps=20)
+FLOAT = SamplingConfig(mixed_precision="no", guidance_scale=2.5)
+
+
+def labels_of(*indices):
+    return torch.nn.functional.one_hot(torch.tensor(indices), 24).float()
+
+
+def test_schedule_is_the_squared_cosine():
+    """Nichol & Dhariwal 2021, equation 17: betas from alpha-bar(t), capped at 0.999."""
+    total = 500
+    alpha_bar = np.cos((np.arange(total + 1) / total + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    scheduler = make_scheduler(SchedulerConfig())
+    np.testing.assert_allclose(scheduler.betas.numpy(), betas, atol=1e-6)
+    assert scheduler.config.num_train_timesteps == 500 and not scheduler.config.clip_sample
+
+
+@pytest.mark.parametrize("t", [0, 120, 499])
+def test_forward_process_has_the_right_mean_and_variance(t):
+    """q(x_t | x_0) = N(sqrt(alphas_cumprod) x_0, 1 - alphas_cumprod)."""
+    scheduler = make_scheduler(SchedulerConfig())
+    torch.manual_seed(0)
+    x_0 = torch.full((20000, 1, 1, 1), 0.7)
+    x_t = scheduler.add_noise(x_0, torch.randn_like(x_0), torch.full((20000,), t))
+    alpha_bar = float(torch.cumprod(1 - scheduler.betas, 0)[t])
+    sigma = (1 - alpha_bar) ** 0.5
+    assert x_t.mean() == pytest.approx(alpha_bar**0.5 * 0.7, abs=5 * sigma / 20000**0.5 + 1e-6)
+    assert x_t.std() == pytest.approx(sigma, rel=0.03)
+
+
+def test_labels_are_dropped_one_by_one():
+    labels = torch.ones(20000, 24)
+    dropped = drop_labels(labels, 0.1, torch.Generator().manual_seed(0))
+    rows = dropped.sum(dim=1)
+    assert set(rows.tolist()) == {0.0, 24.0}  # a condition goes whole
+    assert (rows == 0).float().mean() == pytest.approx(0.1, abs=4 * (0.09 / 20000) ** 0.5)
+    assert torch.equal(drop_labels(labels, 0.0), labels) and drop_labels(labels, 1.0).sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_loss_equals_the_equations(kind, gamma):
+    scheduler = make_scheduler(replace(NOISE, prediction_type=kind))
+    model, x_0, y = LinearModel(), torch.rand(6, 3, 8, 8) * 2 - 1, labels_of(0, 1, 2, 3, 4, 5)
+    loss = training_loss(model, scheduler, x_0, y, 0.5, gamma, torch.Generator().manual_seed(7))
+    # The same random numbers, in the order in which they are drawn.
+    g = torch.Generator().manual_seed(7)
+    t = torch.randint(20, (6,), generator=g)
+    eps = torch.randn(x_0.shape, generator=g)
+    kept = y * (torch.rand(6, 1, generator=g) >= 0.5)
+    alpha_bar = torch.cumprod(1 - scheduler.betas, 0)[t]
+    a, s = alpha_bar.sqrt()[:, None, None, None], (1 - alpha_bar).sqrt()[:, None, None, None]
+    out = model(a * x_0 + s * eps, t, kept)
+    x_t = a * x_0 + s * eps
+    if gamma is None:
+        target = {"epsilon": eps, "v_prediction": a * eps - s * x_0, "sample": x_0}[kind]
+        expected = ((out - target) ** 2).mean()
+    else:  # Min-SNR: min(SNR, gamma) |x_0 - x_0_hat|^2, whatever the network predicts
+        x_0_hat = {"epsilon": (x_t - s * out) / a, "v_prediction": a * x_t - s * out, "sample": out}
+        weight = (alpha_bar / (1 - alpha_bar)).clamp(max=gamma)
+        expected = (weight * ((x_0 - x_0_hat[kind]) ** 2).mean(dim=(1, 2, 3))).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_min_snr_weight_of_eps_is_the_papers():
+    scheduler = make_scheduler(SchedulerConfig())
+    t = torch.arange(500)
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    torch.testing.assert_close(min_snr_weight(scheduler, t, 5.0), (5 / snr).clamp(max=1))
+
+
+def test_guidance():
+    model, x, t = LinearModel(), torch.randn(2, 3, 8, 8), torch.tensor(7)
+    y = labels_of(3, 20)
+    cond, uncond = model(x, t, y), model(x, t, torch.zeros_like(y))
+    model.calls.clear()
+    torch.testing.assert_close(guided_noise(model, x, t, y, 4.0), uncond + 4 * (cond - uncond))
+    assert model.calls == [4]  # both passes in one batch
+    assert torch.equal(guided_noise(model, x, t, y, 1.0), cond)
+    assert torch.equal(guided_noise(model, x, t, y, 0.0), uncond)
+    assert model.calls == [4, 2, 2]  # the pass that is not needed is left out
+
+
+def by_hand(model, y, seed, config, noise=NOISE):
+    """DDPM (Ho et al. 2020, algorithm 2) and DDIM (Song et al. 2021, equation 12), one picture."""
+    total, steps = noise.num_train_timesteps, config.num_inference_steps
+    betas = make_scheduler(noise).betas.double()
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 3, 8, 8, generator=g).double()
+    stride = total // steps
+    for t in range(total - stride, -1, -stride):
+        cond, uncond = model(x, t, y), model(x, t, torch.zeros_like(y))
+        eps = uncond + config.guidance_scale * (cond - uncond)
+        before = alpha_bar[t - stride] if t >= stride else torch.tensor(1.0).double()
+        if config.scheduler == "ddpm":
+            alpha, sigma2 = alpha_bar[t] / before, None
+            x_mean = (x - (1 - alpha) / (1 - alpha_bar[t]).sqrt() * eps) / alpha.sqrt()
+            sigma2 = (1 - before) / (1 - alpha_bar[t]) * (1 - alpha)
+            z = torch.randn(1, 3, 8, 8, generator=g).double() if t > 0 else 0
+            x = x_mean + sigma2.sqrt() * z
+        else:
+            x_0 = (x - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()
+            ratio = (1 - before) / (1 - alpha_bar[t]) * (1 - alpha_bar[t] / before)
+            sigma = config.eta * ratio.sqrt()
+            z = torch.randn(1, 3, 8, 8, generator=g).double() if config.eta > 0 else 0
+            x = before.sqrt() * x_0 + (1 - before - sigma**2).sqrt() * eps + sigma * z
+    return x.clamp(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "eta"),
+    [("ddpm", 20, 0.0), ("ddpm", 5, 0.0), ("ddim", 20, 0.0), ("ddim", 5, 0.0), ("ddim", 10, 0.6),
+     ("ddim", 20, 1.0)],
+)  # fmt: skip
+def test_sampling_equals_the_equations(name, steps, eta):
+    # A schedule without the cosine's huge last steps, so that rounding doesn't blur the comparison.
+    noise = SchedulerConfig(beta_schedule="linear", num_train_timesteps=20)
+    model, y = LinearModel(), labels_of(1, 9, 17)
+    config = replace(FLOAT, scheduler=name, num_inference_steps=steps, eta=eta)
+    images, _ = sample(model, noise, y, [5, 6, 7], config, progress=False)
+    model = model.double()
+    for i in range(3):
+        expected = by_hand(model, y[i : i + 1].double(), 5 + i, config, noise)
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(images[i : i + 1].double(), expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_sampling_equals_a_plain_diffusers_loop(name, kind):
+    noise = replace(NOISE, prediction_type=kind, timestep_spacing="trailing")
+    model, y = LinearModel(), labels_of(4)
+    config = replace(FLOAT, scheduler=name, num_inference_steps=10, guidance_scale=1.0)
+    images, _ = sample(model, noise, y, [11], config, progress=False)
+    kind_of = diffusers.DDPMScheduler if name == "ddpm" else diffusers.DDIMScheduler
+    scheduler = kind_of(
+        20, beta_schedule="squaredcos_cap_v2", clip_sample=False, prediction_type=kind,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[0] == 19
+    g = torch.Generator().manual_seed(11)
+    x = torch.randn(1, 3, 8, 8, generator=g)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t, y), t, x, generator=g).prev_sample
+    assert torch.equal(images, x.clamp(-1, 1))
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        image_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+    return DiffusionModel(config).eval()
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_a_picture_does_not_depend_on_the_batch(network, name, eta):
+    noise = replace(NOISE, prediction_type="v_prediction")
+    y, seeds = labels_of(*range(7)), picture_seeds(0, 7)
+    config = replace(FLOAT, scheduler=name, eta=eta, num_inference_steps=10)
+    together, _ = sample(network, noise, y, seeds, config, progress=False)
+    for batch_size in (1, 3):
+        apart, _ = sample(
+            network, noise, y, seeds, replace(config, batch_size=batch_size), progress=False
+        )
+        torch.testing.assert_close(apart, together, atol=1e-4, rtol=0)
+    alone, _ = sample(network, noise, y[4:5], seeds[4:5], config, progress=False)
+    torch.testing.assert_close(alone[0], together[4], atol=1e-4, rtol=0)
+    other, _ = sample(network, noise, y[4:5], [seeds[4] + 1], config, progress=False)
+    assert (other[0] - together[4]).abs().max() > 0.1
+
+
+def test_scale_1_is_conditional_and_scale_0_unconditional(network):
+    def draw(y, scale):
+        config = replace(FLOAT, scheduler="ddim", num_inference_steps=5, guidance_scale=scale)
+        return sample(network, NOISE, y, [1, 2], config, progress=False)[0]
+
+    y, nothing = labels_of(2, 3), torch.zeros(2, 24)
+    assert torch.equal(draw(y, 0.0), draw(nothing, 1.0))
+    assert not torch.equal(draw(y, 1.0), draw(nothing, 1.0))
+    torch.testing.assert_close(draw(y, 1.0), draw(y, 1.0 + 1e-6), atol=1e-3, rtol=0)
+
+
+def test_intermediates_go_from_noise_to_picture(network):
+    config = replace(FLOAT, scheduler="ddim", num_inference_steps=10)
+    images, kept = sample(network, NOISE, labels_of(0, 1), [3, 4], config, 6, progress=False)
+    assert kept.shape == (6, 2, 3, 16, 16)
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(4)).clamp(-1, 1)
+    assert torch.equal(kept[0, 1:], noise) and torch.equal(kept[-1], images)
+    _, none = sample(network, NOISE, labels_of(0), [3], config, progress=False)
+    assert none.shape[0] == 0
+
+
+def test_step_counts_that_miss_the_start_are_refused():
+    noise = SchedulerConfig()
+    assert check_steps(noise, SamplingConfig()) == 500
+    assert check_steps(noise, SamplingConfig(scheduler="ddim")) == 50
+    assert (
+        check_steps(replace(noise, num_train_timesteps=20), SamplingConfig(scheduler="ddim")) == 20
+    )
+    with pytest.raises(UserError, match="501: the network knows 500"):
+        check_steps(noise, SamplingConfig(num_inference_steps=501))
+    with pytest.raises(UserError, match="300: does not divide .* 250"):
+        check_steps(noise, SamplingConfig(num_inference_steps=300))
+    trailing = replace(noise, timestep_spacing="trailing")
+    assert check_steps(trailing, SamplingConfig(num_inference_steps=300)) == 300
+    with pytest.raises(UserError, match="30: does not divide"):
+        check_steps(trailing, SamplingConfig(scheduler="ddim", num_inference_steps=30))
+
+
+def test_seeds_are_distinct():
+    seeds = [s for seed in range(20) for s in picture_seeds(seed, 64)]
+    assert len(set(seeds)) == len(seeds)
+    assert picture_seeds(3, 8) == picture_seeds(3, 64)[:8]
