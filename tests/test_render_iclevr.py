@@ -242,3 +242,79 @@ def test_bad_settings_are_refused(tmp_path: Path, flag: str, value: str):
     with pytest.raises(UserError, match=flag):
         main(["--out_dir", str(tmp_path), f"--{flag}", value])
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("i", [1, 3])
+def test_light_equals_mitsubas_path_tracer(i):
+    """The same scene in Mitsuba 3, all bounces, compared as means of 8x8 pixels (its grain)."""
+    mi = pytest.importorskip("mitsuba")
+    mi.set_variant("scalar_rgb")
+    width, height, radius = 64, 48, render_iclevr.RADIUS
+    sequence, turn = render_iclevr.sample_sequence(0, i), mi.ScalarTransform4f
+
+    def matte(albedo):
+        return {"type": "diffuse", "reflectance": {"type": "rgb", "value": list(albedo)}}
+
+    def scene(emitters):
+        result = {
+            "type": "scene",
+            "integrator": {"type": "path"},
+            "sensor": {
+                "type": "perspective",
+                "fov": 2 * float(np.degrees(np.arctan(render_iclevr.HALF_WIDTH))),
+                "fov_axis": "x",
+                "to_world": turn().look_at(sequence.camera.tolist(), [0, 0, 0], [0, 0, 1]),
+                "film": {"type": "hdrfilm", "width": width, "height": height,
+                         "rfilter": {"type": "box"}, "pixel_format": "rgb"},
+                "sampler": {"type": "multijitter", "sample_count": 400},
+            },
+            "ground": {"type": "rectangle", "to_world": turn().scale(300),
+                       "bsdf": matte([render_iclevr.GROUND] * 3)},
+            **emitters,
+        }  # fmt: skip
+        for k, item in enumerate(sequence.items):
+            centre = turn().translate([item.x, item.y, radius])
+            bsdf = matte(item.albedo)
+            if item.shape == "cube":
+                place = centre.rotate([0, 0, 1], float(np.degrees(item.angle))).scale(radius)
+                result[f"item{k}"] = {"type": "cube", "to_world": place, "bsdf": bsdf}
+            elif item.shape == "sphere":
+                result[f"item{k}"] = {
+                    "type": "sphere",
+                    "to_world": centre.scale(radius),
+                    "bsdf": bsdf,
+                }
+            else:
+                ends = {"p0": [item.x, item.y, 0], "p1": [item.x, item.y, 2 * radius]}
+                result[f"item{k}"] = {"type": "cylinder", "radius": radius, "bsdf": bsdf, **ends}
+                lid = centre.translate([0, 0, radius]).scale(radius)
+                result[f"lid{k}"] = {"type": "disk", "to_world": lid, "bsdf": bsdf}
+        return np.array(mi.render(mi.load_dict(result), seed=0))
+
+    sky = {
+        "ambient": {"type": "constant", "radiance": render_iclevr.AMBIENT},
+        "sun": {"type": "directional", "direction": [-v for v in render_iclevr.SUN],
+                "irradiance": render_iclevr.SUN_IRRADIANCE},
+    }  # fmt: skip
+    lamps = {
+        f"lamp{n}": {
+            "type": "rectangle",
+            "to_world": turn().look_at(place.tolist(), [0, 0, 0], [0, 0, 1]).scale(side / 2),
+            "bsdf": matte([0, 0, 0]),
+            "emitter": {"type": "area",
+                        "radiance": {"type": "rgb", "value": [v / side**2 for v in light]}},
+        }
+        for n, (place, (_, side, light)) in enumerate(
+            zip(sequence.lamps, render_iclevr.LAMPS, strict=True)
+        )
+    }  # fmt: skip
+    # Apart, as a lamp's rectangle would shade the ground from sun and sky.
+    linear = (scene(sky) + scene(lamps)).clip(0, 1)
+    expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    ours = render_iclevr.render_picture(sequence, 3, width, height, 64).astype(float)
+
+    def blocks(picture):
+        return picture.reshape(height // 8, 8, width // 8, 8, 3).mean(axis=(1, 3))
+
+    difference = blocks(ours) - blocks(255 * expected)
+    assert abs(difference).max() < 5 and np.sqrt((difference**2).mean()) < 1  # of 255

@@ -1,0 +1,159 @@
+"""Flags, settings in files, atomic writes, intervals and devices."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SRC
+from scipy import stats
+
+from config import ModelConfig, TrainConfig, UserError, from_dict, parse_args, to_dict
+from device import autocast_dtype, pick_device
+from files import atomic_write, read_json, write_json
+from intervals import accuracy_interval, mean_interval, proportion_interval
+
+
+def test_flags_of_nested_settings():
+    config = parse_args(
+        TrainConfig, ["--epochs", "3", "--norm_num_groups", "8", "--no_ema", "--prediction_type",
+                      "v_prediction", "--block_out_channels", "8", "16"],
+    )  # fmt: skip
+    assert (config.epochs, config.model.norm_num_groups, config.ema) == (3, 8, False)
+    assert config.noise.prediction_type == "v_prediction"
+    assert config.model.block_out_channels == (8, 16)
+    default = parse_args(TrainConfig, [])
+    assert default == TrainConfig() and default.model == ModelConfig()
+
+
+def test_flags_default_to_given_settings():
+    stored = TrainConfig(epochs=7, lr=0.5)
+    config = parse_args(TrainConfig, ["--lr", "0.25"], default=stored)
+    assert (config.epochs, config.lr) == (7, 0.25)
+
+
+def test_defaults_are_the_originals():
+    c = TrainConfig()
+    assert (c.epochs, c.batch_size, c.lr, c.lr_warmup_steps, c.cfg_dropout_prob) == (
+        500, 64, 1e-4, 500, 0.1,
+    )  # fmt: skip
+    assert (c.noise.beta_schedule, c.noise.num_train_timesteps) == ("squaredcos_cap_v2", 500)
+    assert c.noise.prediction_type == "epsilon" and c.run_name == "ddpm-cfg-v1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--epochs 0", "--epochs 0: .*greater than or equal to 1"),
+        ("--epochs x", "--epochs"),
+        ("--epoch 3", r"--epoch.*did you mean --epochs\?"),
+        ("--lr nan", "--lr nan"),
+        ("--lr inf", "--lr inf"),
+        ("--lr -1", "--lr -1"),
+        ("--cfg_dropout_prob 1.5", "--cfg_dropout_prob 1.5"),
+        ("--block_out_channels 64 0", "--block_out_channels 0"),
+        ("--down_block_types Foo", "Foo"),
+        ("--run_name ../x", "--run_name"),
+        ("--seed -1", "--seed -1"),
+        ("--resume", "--resume"),
+        ("--ema_decay 1", "--ema_decay"),
+        ("--mixed_precision fp8", "fp8"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, words):
+    with pytest.raises(UserError, match=words) as caught:
+        parse_args(TrainConfig, flags.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_survive_a_file(tmp_path):
+    config = TrainConfig(epochs=3, model=ModelConfig(block_out_channels=(8, 16)))
+    write_json(tmp_path / "c.json", to_dict(config))
+    assert from_dict(TrainConfig, read_json(tmp_path / "c.json"), "c.json") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"nonsense": 1}, "c.json: nonsense 1: unexpected"),
+        ({"epochs": -1}, "c.json: epochs -1"),
+        ({"model": {"norm_num_groups": "x"}}, "c.json: model.norm_num_groups 'x'"),
+        ({"model": {"widths": 3}}, "c.json: model.widths 3"),
+    ],
+)
+def test_bad_settings_in_a_file_are_refused(change, words):
+    with pytest.raises(UserError, match=words):
+        from_dict(TrainConfig, to_dict(TrainConfig()) | change, "c.json")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py --epochs 0",
+        "test.py --ckpt_path nowhere.pth",
+        "test.py",
+        "guidance_scale.py --ckpt_path nowhere.pth",
+        "train_evaluator.py --data_dir nowhere",
+        "render_iclevr.py --width 1",
+        "demo.py --quik",
+    ],
+)
+def test_scripts_end_with_code_2_and_one_line(command, tmp_path):
+    script, *flags = command.split()
+    result = subprocess.run(
+        [sys.executable, SRC / script, *flags], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_atomic_write_leaves_the_old_file_on_failure(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(path) == 1 and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't be written"):
+        write_json(tmp_path / "file" / "a.json", 1)
+
+
+def test_wilson_equals_the_formula():
+    """Wilson 1927, as written out on paper."""
+    for k, n in ((0, 72), (61, 72), (84, 84)):
+        z, p = stats.norm.ppf(0.975), k / n
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        i = proportion_interval(k, n)
+        assert i.mean == p and i.low == pytest.approx(centre - half, abs=1e-9)
+        assert i.high == pytest.approx(centre + half, abs=1e-9)
+
+
+def test_t_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(2000):
+        i = mean_interval(rng.normal(3, 2, size=4))
+        hits += i.low <= 3 <= i.high
+    assert hits / 2000 == pytest.approx(0.95, abs=0.02)
+    values = [0.8, 0.9, 0.85]
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert mean_interval(values).low == pytest.approx(low)
+    assert accuracy_interval([8, 9], 10) == mean_interval([0.8, 0.9])
+    assert accuracy_interval([8], 10) == proportion_interval(8, 10)
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu" and pick_device().type in ("cuda", "mps", "cpu")
+    for name in ("nonsense", "cuda:99", "meta"):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            pick_device(name)
+    cpu = torch.device("cpu")
+    assert autocast_dtype("no", cpu) is None and autocast_dtype("bf16", cpu) == torch.bfloat16

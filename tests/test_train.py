@@ -1,0 +1,409 @@
+"""Training, testing and the sweep on a tiny world, through the scripts' own main()."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_NETWORK, error_of
+from PIL import Image
+
+import demo
+import guidance_scale
+import test
+import train
+from checkpoint import load_checkpoint, load_model, save_checkpoint
+from config import SamplingConfig, TrainConfig
+from diffusion import picture_seeds, sample
+from evaluator import evaluate, load_evaluator
+from guidance_scale import indistinguishable, summarise, verdict
+from train import update_ema
+
+
+def train_argv(data: Path, output: Path, *more) -> list[str]:
+    return [
+        "--data_dir", str(data), "--output_dir", str(output), "--run_name", "r", "--batch_size",
+        "4", "--device", "cpu", "--mixed_precision", "no", "--wandb", "disabled",
+        "--log_interval", "1", "--sample_interval", "100", *SMALL_NETWORK, *map(str, more),
+    ]  # fmt: skip
+
+
+def test_run_folder(trained):
+    data, output, checkpoint = trained
+    run_dir = output / "tiny"
+    assert checkpoint == run_dir / "checkpoints" / "model_epoch_4.pth"
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {
+        "model_epoch_2.pth", "model_epoch_4.pth",
+    }  # fmt: skip
+    for epoch in (2, 4):
+        assert Image.open(run_dir / "samples" / f"epoch_{epoch}.png").size[0] > 128
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [r for r in records if "loss" in r]
+    assert [r["step"] for r in losses] == list(range(1, 13))  # 12 pictures, batch 4, 4 epochs
+    assert {"lr", "grad_norm", "images_per_s"} <= losses[0].keys()
+    assert [r["epoch"] for r in records if "preview_accuracy" in r] == [2, 4]
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["batch_size"] == 4 and config["model"]["block_out_channels"] == [16, 32]
+
+
+def test_checkpoint_explains_itself(trained):
+    data, _, path = trained
+    content = torch.load(path, weights_only=True)
+    assert content["config"]["noise"]["num_train_timesteps"] == 20
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.epoch == 4 and checkpoint.step == 12 and checkpoint.objects["red cube"] == 1
+    model = load_model(checkpoint, path, torch.device("cpu"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, checkpoint.ema[name])
+    assert any(not torch.equal(checkpoint.ema[n], v) for n, v in checkpoint.model.items())
+
+
+def test_preview_is_sampled_and_scored_by_the_one_function(trained):
+    """The last preview's accuracy is that of test pictures drawn with the same settings."""
+    data, output, path = trained
+    checkpoint = load_checkpoint(path)
+    labels = torch.stack(
+        list(test.open_bench(path, test.DataConfig(data_dir=data), "cpu").labels["test"])
+    )
+    sampling = SamplingConfig(scheduler="ddim", num_inference_steps=4, guidance_scale=3.0)
+    model = load_model(checkpoint, path, torch.device("cpu"))
+    images, _ = sample(
+        model, checkpoint.config.noise, labels, picture_seeds(0, 4), sampling, progress=False
+    )
+    accuracy = evaluate(load_evaluator(data / "evaluator.pth"), images, labels).accuracy
+    records = map(json.loads, (output / "tiny" / "metrics.jsonl").read_text().splitlines())
+    assert [r["preview_accuracy"] for r in records if "preview_accuracy" in r][-1] == accuracy
+
+
+def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path):
+    flags = ("--epochs", 4, "--dropout", 0.1)
+    whole = load_checkpoint(train.main(train_argv(world, tmp_path / "a", *flags)))
+    # Stopped in the middle of the second epoch: 5 of 12 steps, with the same schedule to the end.
+    parts = train_argv(world, tmp_path / "b", *flags)
+    real_step = train.train_step
+    calls = []
+
+    def stop_after_5(*args):
+        calls.append(1)
+        result = real_step(*args)
+        if len(calls) == 5:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train, "train_step", stop_after_5)
+        train.main(parts)
+    assert stopped.value.code == 143
+    stored = load_checkpoint(train.latest_checkpoint(tmp_path / "b" / "r"))
+    assert stored.step == 5
+    # What was logged after the checkpoint is gone from the metrics after resuming.
+    with open(tmp_path / "b" / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "loss": 99}\n')
+    resumed = load_checkpoint(
+        train.main(["--output_dir", str(tmp_path / "b"), "--run_name", "r", "--resume", "auto"])
+    )
+    assert resumed.step == whole.step == 12
+    for ours, theirs in ((resumed.model, whole.model), (resumed.ema, whole.ema)):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    losses = [
+        [
+            r["loss"]
+            for r in map(json.loads, (tmp_path / x / "r" / "metrics.jsonl").open())
+            if "loss" in r
+        ]
+        for x in "ab"
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+def test_seed_decides_everything(world, tmp_path):
+    def weights(name, seed):
+        return load_checkpoint(
+            train.main(train_argv(world, tmp_path / name, "--epochs", 1, "--seed", seed))
+        ).model
+
+    first, again, other = weights("a", 0), weights("b", 0), weights("c", 1)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not torch.equal(first["unet.conv_in.weight"], other["unet.conv_in.weight"])
+
+
+def test_training_learns(world, tmp_path):
+    path = train.main(
+        train_argv(world, tmp_path, "--epochs", 80, "--lr", 2e-3, "--lr_warmup_steps", 5,
+                   "--save_interval", 1000)
+    )  # fmt: skip
+    lines = (path.parents[1] / "metrics.jsonl").read_text().splitlines()
+    losses = [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+    assert sum(losses[-20:]) / 20 < 0.6 * sum(losses[:20]) / 20
+
+
+def test_no_ema_uses_the_plain_weights(world, tmp_path):
+    path = train.main(train_argv(world, tmp_path, "--epochs", 1, "--no_ema"))
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.ema is None
+    model = load_model(checkpoint, path, torch.device("cpu"))
+    assert torch.equal(model.unet.conv_in.weight, checkpoint.model["unet.conv_in.weight"])
+
+
+def test_ema_update():
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * a.weight + 0.1 * b.weight
+    update_ema(a, b, 0.9)
+    torch.testing.assert_close(a.weight, expected)
+
+
+def test_gradients_are_clipped(world, tmp_path, monkeypatch):
+    """With a tiny limit, SGD's step is as long as the limit times the learning rate."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, **_: torch.optim.SGD(p, lr))
+    moves = []
+    real_step = train.train_step
+
+    def measure(state, *args):
+        before = [p.detach().clone() for p in state.model.parameters()]
+        lr = state.lr_scheduler.get_last_lr()[0]
+        result = real_step(state, *args)
+        move = sum(
+            (p - q).square().sum() for p, q in zip(state.model.parameters(), before, strict=True)
+        )
+        moves.append((float(move.sqrt()), lr))
+        return result
+
+    monkeypatch.setattr(train, "train_step", measure)
+    train.main(train_argv(world, tmp_path, "--epochs", 1, "--max_grad_norm", 0.01, "--lr", 1.0,
+                          "--lr_warmup_steps", 0))  # fmt: skip
+    for move, lr in moves:
+        assert move == pytest.approx(0.01 * lr, rel=0.05)
+
+
+def test_second_run_into_the_folder_is_refused(trained):
+    data, output, _ = trained
+    message = error_of(
+        train.main, ["--data_dir", data, "--output_dir", output, "--run_name", "tiny"]
+    )
+    assert "--resume auto" in message and "--run_name" in message
+    argv = ["--output_dir", output, "--run_name", "tiny", "--resume", "auto"]
+    assert "--lr 0.5" in error_of(train.main, [*argv, "--lr", "0.5"])
+    assert "all 12 steps are done" in error_of(train.main, argv)
+    assert "no checkpoint" in error_of(
+        train.main, ["--output_dir", output, "--run_name", "x", "--resume", "auto"]
+    )
+
+
+def test_wandb_offline_files_hold_the_run(world, tmp_path, monkeypatch):
+    """wandb's real offline mode: the run's file holds losses, previews and accuracy."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no login to be found
+    argv = train_argv(world, tmp_path / "out", "--epochs", 1, "--sample_interval", 1)
+    train.main([*argv, "--wandb", "auto"])
+    (run_dir,) = (tmp_path / "out" / "r" / "wandb").glob("offline-run-*")
+    (file,) = run_dir.glob("*.wandb")
+    content = file.read_bytes()
+    for key in (b"loss", b"lr", b"grad_norm", b"images_per_s", b"preview"):
+        assert key in content
+    assert len(list((run_dir / "files" / "media" / "images").glob("preview_*.png"))) == 1
+
+
+def test_wandb_online_without_login_is_a_user_error(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = train_argv(world, tmp_path / "out", "--epochs", 1, "--wandb", "online")
+    assert "not logged in" in error_of(train.main, argv)
+
+
+def test_failing_tracker_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
+    from tracking import Tracker
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = Tracker("auto", "p", "n", tmp_path, {})
+    real_run = tracker.run
+
+    def broken(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(real_run, "log", broken)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.log({"loss": 1.0}, 2)
+    assert capsys.readouterr().err.count("warning: wandb stopped (No space left") == 1
+    real_run.finish()
+
+
+def test_testing_needs_only_the_checkpoint(trained, tmp_path):
+    data, output, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
+    report = test.main([str(a) for a in argv])
+    folder = tmp_path / "tiny"
+    for split in ("test", "new_test"):
+        assert {p.name for p in (folder / "images" / split).iterdir()} == {
+            f"{i}.png" for i in range(4)
+        }
+        assert Image.open(folder / "images" / split / "0.png").size == (64, 64)
+        assert (folder / f"{split}_grid.png").exists()
+    assert report["sampling"]["num_inference_steps"] == 20  # all that were trained
+    assert json.loads((folder / "accuracies.json").read_text()) == report
+    assert Image.open(folder / "denoising.png").size[0] > 8 * 128
+    # The pictures on disk, judged on their own, have the accuracy that was reported.
+    bench = test.open_bench(path, test.DataConfig(data_dir=data), "cpu")
+    from image_cache import read_image
+
+    images = torch.stack(
+        [
+            torch.from_numpy(read_image(folder / "images" / "test" / f"{i}.png", 64).copy())
+            for i in range(4)
+        ]
+    )
+    result = evaluate(bench.judge, images.float() / 127.5 - 1, bench.labels["test"])
+    assert int(result.correct.sum()) == report["correct"]["test"][0]
+
+
+def test_several_seeds_give_mean_and_interval(trained, tmp_path):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--scheduler", "ddim", "--num_inference_steps", 4, "--num_seeds", 3]  # fmt: skip
+    report = test.main([str(a) for a in argv])
+    total = report["objects"]["test"]
+    mean = sum(c / total for c in report["correct"]["test"]) / 3
+    assert report["accuracy"]["test"]["mean"] == pytest.approx(mean)
+    assert len(report["correct"]["test"]) == 3
+
+
+def test_prompt_draws_one_scene(trained, tmp_path):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
+    picture = test.main([str(a) for a in [*argv, "--prompt", "red sphere, cyan cube"]])
+    assert picture.name == "red-sphere_cyan-cube_seed0.png" and picture.exists()
+    assert "unknown object 'red ball'" in error_of(test.main, [*argv, "--prompt", "red ball"])
+
+
+def test_checkpoint_of_other_objects_is_refused(trained, tmp_path):
+    data, _, path = trained
+    checkpoint = load_checkpoint(path)
+    swapped = dict(checkpoint.objects) | {"gray cube": 1, "red cube": 0}
+    save_checkpoint(tmp_path / "c.pth", replace(checkpoint, objects=swapped))
+    message = error_of(test.main, ["--ckpt_path", tmp_path / "c.pth", "--data_dir", data])
+    assert "objects.json" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other format", "other network"])
+def test_damaged_checkpoints_are_refused(trained, tmp_path, damage):
+    data, _, path = trained
+    bad = tmp_path / "bad.pth"
+    if damage == "truncated":
+        bad.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "empty":
+        bad.touch()
+    elif damage == "other format":
+        torch.save({"model": {}}, bad)
+    else:
+        checkpoint = load_checkpoint(path)
+        save_checkpoint(bad, replace(checkpoint, config=TrainConfig()))
+    assert "bad.pth" in error_of(test.main, ["--ckpt_path", bad, "--data_dir", data])
+
+
+@pytest.fixture
+def sweep_argv(trained, tmp_path):
+    data, _, path = trained
+    return [str(a) for a in [
+        "--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+        "--num_inference_steps", 4, "--scale_max", 3, "--scale_step", 1, "--num_seeds", 2,
+        "--wandb", "disabled",
+    ]]  # fmt: skip
+
+
+def test_sweep_writes_table_chart_and_json(sweep_argv, tmp_path):
+    report = guidance_scale.main(sweep_argv)
+    (folder,) = (tmp_path / "tiny" / "guidance_scale").iterdir()
+    assert [row["guidance_scale"] for row in report["rows"]] == [1, 2, 3]
+    with open(folder / "sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["guidance_scale"]) for row in rows] == [1, 2, 3]
+    assert float(rows[1]["test"]) == pytest.approx(report["rows"][1]["test"]["mean"], abs=1e-4)
+    assert report["verdict"] in (folder / "sweep.md").read_text()
+    assert Image.open(folder / "sweep.png").size[0] > 500
+    assert json.loads((folder / "sweep.json").read_text())["best"] == report["best"]
+    # One scale is what the test script says for the same seeds.
+    argv = sweep_argv[: sweep_argv.index("--scale_max")]
+    tested = test.main([*argv, "--scheduler", "ddim", "--guidance_scale", "2", "--num_seeds", "2"])
+    assert tested["accuracy"]["test"] == report["rows"][1]["test"]
+
+
+def test_sweep_goes_on_where_it_was_interrupted(sweep_argv, tmp_path, monkeypatch):
+    whole = guidance_scale.main([*sweep_argv, "--output_dir", str(tmp_path / "whole")])
+    drawn = []
+    real = guidance_scale.draw_splits
+
+    def interrupted(bench, sampling, seed, **kw):
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        drawn.append((sampling.guidance_scale, seed))
+        return real(bench, sampling, seed, **kw)
+
+    monkeypatch.setattr(guidance_scale, "draw_splits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        guidance_scale.main(sweep_argv)
+    (folder,) = (tmp_path / "tiny" / "guidance_scale").iterdir()
+    with open(folder / "draws.jsonl", "a") as file:
+        file.write('{"scale": 3.0, "se')  # a line cut short
+
+    def count(bench, sampling, seed, **kw):
+        drawn.append((sampling.guidance_scale, seed))
+        return real(bench, sampling, seed, **kw)
+
+    monkeypatch.setattr(guidance_scale, "draw_splits", count)
+    resumed = guidance_scale.main(sweep_argv)
+    assert len(drawn) == len(set(drawn)) == 6
+    assert resumed["rows"] == whole["rows"]
+    # Other settings do not pick up these draws.
+    guidance_scale.main([*sweep_argv, "--num_inference_steps", "5"])
+    assert len(drawn) == 12
+
+
+def test_scale_ranges():
+    def scales(*flags):
+        argv = ["--ckpt_path", "x", *flags]
+        return guidance_scale.guidance_scales(
+            guidance_scale.parse_args(guidance_scale.SweepConfig, argv)
+        )
+
+    assert scales() == [1 + 0.5 * i for i in range(19)]
+    assert scales("--scale_min", "0", "--scale_max", "0.3", "--scale_step", "0.1") == [
+        0,
+        0.1,
+        0.2,
+        0.3,
+    ]
+    for flags in (("--scale_max", "0"), ("--scale_step", "1e-9")):
+        with pytest.raises(guidance_scale.UserError):
+            scales(*flags)
+
+
+def test_best_scale_and_its_equals():
+    """Scale 3 beats 1 for every seed; 2 differs from 3 by noise only."""
+    totals = {"test": 100, "new_test": 100}
+    correct = {1.0: (50, 52, 51, 50), 2.0: (79, 82, 78, 83), 3.0: (81, 80, 80, 82)}
+    draws = {
+        (scale, seed): {"test": values[seed], "new_test": values[seed]}
+        for scale, values in correct.items()
+        for seed in range(4)
+    }
+    summary = summarise(draws, [1.0, 2.0, 3.0], [0, 1, 2, 3], totals)
+    assert summary["best"] == 3.0 and summary["not_distinguishable_from_best"] == [2.0]
+    assert "not distinguishable from it (paired t over 4 seeds): 2" in verdict(summary, 4)
+    assert indistinguishable({1.0: [0.1, 0.2], 2.0: [0.5, 0.6]}, 2.0) == []
+    one = summarise(draws, [1.0, 2.0, 3.0], [0], totals)
+    assert one["best"] == 3.0 and one["not_distinguishable_from_best"] == [2.0]
+    assert one["rows"][0]["mean"]["mean"] == 0.5 and one["rows"][0]["mean"]["low"] > 0.42
+
+
+def test_demo_stages_are_commands_that_parse():
+    for size in (demo.QUICK, demo.FULL):
+        config = train.parse_args(TrainConfig, f"{size['train']} {demo.NETWORK}".split())
+        train.DiffusionModel(config.model)
+        flags = f"--ckpt_path x {demo.SAMPLING} {size['sweep']}"
+        sweep = guidance_scale.parse_args(guidance_scale.SweepConfig, flags.split())
+        assert test.check_steps(config.noise, sweep.sampling) == 25
