@@ -91,6 +91,10 @@ class SchedulerConfig(Settings):
     """What the network predicts: eps, v (Salimans & Ho 2022) or x_0."""
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     """Which timesteps a sampler of few steps visits (Lin et al. 2023, table 2)."""
+    shift_factor: float = 0.0
+    """The network sees (x - shift_factor) * scaling_factor, with x in [-1, 1]."""
+    scaling_factor: PositiveFloat = 1.0
+    """8 gives i-CLEVR's pale pictures unit variance, for which noise schedules are made."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,8 @@ class TrainConfig(Settings):
     """Steps of the warm-up."""
     weight_decay: NonNegativeFloat = 1e-2
     """AdamW's decoupled weight decay."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's second beta."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients with a larger L2 norm are scaled down to it."""
     cfg_dropout_prob: Probability = 0.1
@@ -164,6 +170,9 @@ class TrainConfig(Settings):
     """Mirror half of the training pictures."""
     mixed_precision: Precision = "auto"
     """auto: bf16 where the device computes in it, else no."""
+    zero_init: bool = False
+    """Start every residual branch and the output at 0, and object embeddings at unit scale;
+    else all weights start as PyTorch's."""
     seed: Seed = 0
     """Seed of weights, order, flips, noise and previews."""
     run_name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")] = "ddpm-cfg-v1"

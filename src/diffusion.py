@@ -1,6 +1,6 @@
 """Noise in, noise out: training loss, guidance and sampling over diffusers' schedulers.
 
-Symbols as in DDPM (Ho et al. 2020): x_0 a picture in [-1, 1], x_t the same after t steps of noise,
+Symbols as in DDPM (Ho et al. 2020): x_0 a picture, x_t the same after t steps of noise,
 eps the noise, alphas_cumprod (alpha-bar) the share of signal left. Timesteps run from 0 to T - 1.
 """
 
@@ -30,6 +30,20 @@ def make_scheduler(config: SchedulerConfig, name: str = "ddpm") -> DDPMScheduler
     )
 
 
+def scale(images: Tensor, config: SchedulerConfig) -> Tensor:
+    """Pictures in [-1, 1] -> x_0 as the network sees it; `unscale` goes back.
+
+    Like the scaling_factor of latent diffusion (Rombach et al. 2022, section 4.3.2): i-CLEVR's
+    pictures have a standard deviation of 0.11, so that unscaled most of the schedule drowns them.
+    """
+    return (images - config.shift_factor) * config.scaling_factor
+
+
+def unscale(x_0: Tensor, config: SchedulerConfig) -> Tensor:
+    """The inverse of `scale`."""
+    return x_0 / config.scaling_factor + config.shift_factor
+
+
 def drop_labels(labels: Tensor, prob: float, generator: torch.Generator | None = None) -> Tensor:
     """Set whole conditions to zero ("no condition"), each with chance `prob`: (N, K) -> (N, K).
 
@@ -52,7 +66,7 @@ def training_loss(
     """E |target - model(x_t, t, y)|^2 for random t and eps (Ho et al. 2020, equation 14).
 
     Args:
-        x_0:    (N, 3, H, W) pictures in [-1, 1]
+        x_0:    (N, 3, H, W) pictures, see `scale`
         labels: (N, K) multi-hot conditions
         min_snr_gamma: weight each picture by min(SNR, gamma) in terms of x_0 (Hang et al. 2023,
             section 3.4), rewritten for what the network predicts; None: weight 1.
@@ -209,4 +223,5 @@ def sample(
                 bar.update()
             pictures.append(x_t.cpu())
             intermediates.append(torch.stack(kept) if kept else torch.empty(0, *x_t.shape))
-    return torch.cat(pictures).clamp(-1, 1), torch.cat(intermediates, dim=1).clamp(-1, 1)
+    x_0, kept_x_t = torch.cat(pictures), torch.cat(intermediates, dim=1)
+    return unscale(x_0, noise).clamp(-1, 1), unscale(kept_x_t, noise).clamp(-1, 1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig, UserError
-from unet import UNet2DModel
+from unet import ResBlock2D, SelfAttention2D, UNet2DModel
 
 
 class DiffusionModel(nn.Module):
@@ -51,6 +51,30 @@ class DiffusionModel(nn.Module):
             (N, 3, H, W) prediction: eps, v or x_0, as it was trained
         """
         return self.unet(x_t, t, self.class_embedding(labels))
+
+
+@torch.no_grad()
+def zero_init(model: DiffusionModel) -> None:
+    """Start as the identity, with a condition that is heard.
+
+    Residual branches and the output start at 0 (Ho et al. 2020's code; Goyal et al. 2017, section
+    5.1). The embedding of an object starts with entries of unit variance: PyTorch's start leaves
+    it so faint beside the time embedding that a short training hardly finds it.
+    """
+    for module in model.modules():
+        if isinstance(module, ResBlock2D):
+            _zero(module.conv2)
+        elif isinstance(module, SelfAttention2D):
+            _zero(module.to_out[0])
+    _zero(model.unet.conv_out)
+    first, _, second = model.class_embedding
+    nn.init.normal_(first.weight)
+    nn.init.normal_(second.weight, std=second.in_features**-0.5)
+
+
+def _zero(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 def stages(config: ModelConfig) -> tuple[list[tuple[str, tuple, tuple]], int, int]:

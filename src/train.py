@@ -28,11 +28,11 @@ from checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoin
 from config import SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
 from dataset import find_data, get_dataloader, read_conditions
 from device import autocast, autocast_dtype, pick_device
-from diffusion import check_steps, make_scheduler, picture_seeds, sample, training_loss
+from diffusion import check_steps, make_scheduler, picture_seeds, sample, scale, training_loss
 from evaluator import Evaluator, evaluate, load_evaluator
 from figures import grid, save_image
 from files import atomic_write, write_json
-from model import DiffusionModel, summary
+from model import DiffusionModel, summary, zero_init
 from tracking import Tracker
 
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
@@ -138,7 +138,7 @@ def train_step(
     generator = step_generator(config.seed, state.step, x_0.device)
     with autocast(x_0.device, dtype):
         loss = training_loss(
-            state.model, scheduler, x_0, labels,
+            state.model, scheduler, scale(x_0, config.noise), labels,
             config.cfg_dropout_prob, config.min_snr_gamma, generator,
         )  # fmt: skip
     state.optimizer.zero_grad(set_to_none=True)
@@ -158,9 +158,16 @@ def train_step(
 def build_state(config: TrainConfig, total_steps: int, device: torch.device) -> TrainState:
     """Network, average, optimiser and schedules before the first step."""
     torch.manual_seed(config.seed)
-    model = DiffusionModel(config.model).to(device, memory_format=torch.channels_last)
+    model = DiffusionModel(config.model)
+    if config.zero_init:
+        zero_init(model)
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
-        model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+        model.parameters(),
+        config.lr,
+        (0.9, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     return TrainState(
         model,
