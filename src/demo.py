@@ -9,9 +9,10 @@ result is there is skipped; an interrupted one goes on where it stopped.
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import guidance_scale
 import render_iclevr
@@ -31,19 +32,19 @@ RECIPE = (
     " --norm_num_groups 8 --attention_head_dim 32"
     " --prediction_type v_prediction --timestep_spacing trailing"
     " --shift_factor -0.08 --scaling_factor 8 --zero_init"
-    " --batch_size 16 --lr 1e-3 --adam_beta2 0.99 --ema_decay 0.995"
+    " --batch_size 16 --lr 1e-3 --lr_warmup_steps 50 --adam_beta2 0.99 --ema_decay 0.995"
 )
 FULL = {
     "sequences": 2500,
     "evaluator": "--epochs 7",
-    "train": "--max_train_steps 2800 --lr_warmup_steps 50",
+    "steps": 2800,
     "seeds": 4,
     "sweep": "--scale_min 1 --scale_max 9 --scale_step 2 --num_seeds 2",
 }
 QUICK = {
     "sequences": 100,
     "evaluator": "--epochs 3",
-    "train": "--max_train_steps 60 --lr_warmup_steps 5",
+    "steps": 60,
     "seeds": 2,
     "sweep": "--scale_min 1 --scale_max 3 --scale_step 2 --num_seeds 1",
 }
@@ -59,17 +60,16 @@ class DemoConfig(Settings):
 
 
 def run_stage(
-    script: Callable, flags: str, done: bool, times: dict[str, float], report: Path
+    script: ModuleType, flags: str, done: bool, times: dict[str, float], report: Path
 ) -> None:
-    """Run a script's main with flags unless its result is there; note how long it took."""
-    name = Path(script.__globals__["__file__"]).stem
-    print(f"\n$ python src/{name}.py {flags}", flush=True)
+    """Run a script with flags unless its result is there; note how long it took."""
+    print(f"\n$ python src/{script.__name__}.py {flags}", flush=True)
     if done:
         print("done before, skipped")
         return
     since = time.perf_counter()
-    script(shlex.split(flags))
-    times[name] = round(time.perf_counter() - since, 1)
+    script.main(shlex.split(flags))
+    times[script.__name__] = round(time.perf_counter() - since, 1)
     write_json(report, {"seconds": times})
 
 
@@ -86,35 +86,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     quote = shlex.quote
 
     run_stage(
-        render_iclevr.main, f"--num_sequences {size['sequences']} --out_dir {quote(str(data))}",
+        render_iclevr, f"--num_sequences {size['sequences']} --out_dir {quote(str(data))}",
         (data / "train.json").exists(), times, report,
     )  # fmt: skip
     run_stage(
-        train_evaluator.main, f"{size['evaluator']} --data_dir {quote(str(data))}",
+        train_evaluator, f"{size['evaluator']} --data_dir {quote(str(data))}",
         (data / "evaluator.pth").exists(), times, report,
     )  # fmt: skip
 
-    steps = int(shlex.split(size["train"])[1])
     checkpoint = train.latest_checkpoint(run_dir)
-    finished = checkpoint is not None and load_checkpoint(checkpoint).step >= steps
-    flags = f"--run_name {name} --data_dir {quote(str(data))} {size['train']} {RECIPE}"
+    finished = checkpoint is not None and load_checkpoint(checkpoint).step >= size["steps"]
+    flags = f"--run_name {name} --data_dir {quote(str(data))} --max_train_steps {size['steps']}"
+    flags += f" --save_interval 1 --sample_interval 2 --preview_steps 25 --wandb offline {RECIPE}"
     if checkpoint is not None and not finished:
         flags += " --resume auto"
-    run_stage(train.main, flags, finished, times, report)
+    run_stage(train, flags, finished, times, report)
 
-    common = (
-        f"--ckpt_path {quote(str(train.latest_checkpoint(run_dir)))} --data_dir {quote(str(data))}"
-    )
+    checkpoint = train.latest_checkpoint(run_dir)
+    common = f"--ckpt_path {quote(str(checkpoint))} --data_dir {quote(str(data))} {SAMPLING}"
+    accuracies = result / "accuracies.json"
+    sources = (checkpoint, data / "evaluator.pth")
     run_stage(
-        test.main, f"{common} {SAMPLING} --num_seeds {size['seeds']}",
-        (result / "accuracies.json").exists(), times, report,
+        test, f"{common} --num_seeds {size['seeds']}",
+        accuracies.exists()
+        and all(accuracies.stat().st_mtime > source.stat().st_mtime for source in sources),
+        times, report,
     )  # fmt: skip
-    run_stage(
-        guidance_scale.main, f"{common} {SAMPLING} {size['sweep']}",
-        any(result.glob("guidance_scale/*/sweep.json")), times, report,
-    )  # fmt: skip
+    # The sweep keeps its own draws, and knows which ones are still to be made.
+    run_stage(guidance_scale, f"{common} {size['sweep']} --wandb offline", False, times, report)
 
-    accuracy = read_json(result / "accuracies.json")["accuracy"]
+    accuracy = read_json(accuracies)["accuracy"]
     print("\nstage              seconds")
     for stage, seconds in times.items():
         print(f"{stage:<18}{seconds:>8.0f}")

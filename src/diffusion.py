@@ -205,7 +205,9 @@ def sample(
 
     pictures, intermediates = [], []
     starts = range(0, len(seeds), config.batch_size)
-    with tqdm(total=len(starts) * steps, desc="sample", unit="step", disable=not progress) as bar:
+    with tqdm(
+        total=len(starts) * steps, desc="sample", unit="step", leave=False, disable=not progress
+    ) as bar:
         for start in starts:
             batch = slice(start, start + config.batch_size)
             y = labels[batch].to(device)

@@ -17,7 +17,9 @@ from diffusion import (
     min_snr_weight,
     picture_seeds,
     sample,
+    scale,
     training_loss,
+    unscale,
 )
 from model import DiffusionModel
 
@@ -222,6 +224,26 @@ def test_intermediates_go_from_noise_to_picture(network):
     assert torch.equal(kept[0, 1:], noise) and torch.equal(kept[-1], images)
     _, none = sample(network, NOISE, labels_of(0), [3], config, progress=False)
     assert none.shape[0] == 0
+
+
+def test_sampling_undoes_the_scaling():
+    """A network that knows x_0: sampling ends at that picture, in [-1, 1] whatever the scale."""
+    torch.manual_seed(0)
+    picture = torch.rand(1, 3, 8, 8) * 0.4 - 0.3
+    config = SchedulerConfig(prediction_type="sample", shift_factor=-0.1, scaling_factor=8.0)
+    assert torch.allclose(unscale(scale(picture, config), config), picture, atol=1e-6)
+    assert scale(torch.tensor(0.15), config).item() == pytest.approx(2.0)
+
+    class Knows(LinearModel):
+        def forward(self, x_t, t, labels):
+            return scale(picture, config).expand(len(x_t), -1, -1, -1)
+
+    for name in ("ddpm", "ddim"):
+        sampling = replace(FLOAT, scheduler=name, num_inference_steps=10)
+        images, kept = sample(Knows(), config, labels_of(0), [1], sampling, 3, progress=False)
+        torch.testing.assert_close(images, picture, atol=2e-3, rtol=0)
+        noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(kept[0], (noise / 8 - 0.1).clamp(-1, 1))
 
 
 def test_step_counts_that_miss_the_start_are_refused():

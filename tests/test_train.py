@@ -402,7 +402,7 @@ def test_best_scale_and_its_equals():
 
 def test_demo_stages_are_commands_that_parse():
     for size in (demo.QUICK, demo.FULL):
-        config = train.parse_args(TrainConfig, f"{size['train']} {demo.RECIPE}".split())
+        config = train.parse_args(TrainConfig, demo.RECIPE.split())
         train.DiffusionModel(config.model)
         flags = f"--ckpt_path x {demo.SAMPLING} {size['sweep']}"
         sweep = guidance_scale.parse_args(guidance_scale.SweepConfig, flags.split())

@@ -6,7 +6,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 
 from config import ModelConfig, UserError
-from model import DiffusionModel, stages
+from model import DiffusionModel, stages, zero_init
 from unet import ResBlock2D, SelfAttention2D, UNet2DModel
 
 SPEC = dict(
@@ -183,6 +183,26 @@ def test_condition_is_added_through_the_mlp():
     assert (first.in_features, first.out_features, second.out_features) == (24, 128, 128)
     expected = model.unet(x, 7, second(torch.nn.functional.silu(first(labels))))
     torch.testing.assert_close(model(x, 7, labels), expected)
+
+
+def test_zero_init_starts_at_the_identity():
+    torch.manual_seed(0)
+    model = DiffusionModel(
+        ModelConfig(
+            image_size=16,
+            block_out_channels=(64, 64),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+    )
+    zero_init(model)
+    x, labels = torch.randn(2, 3, 16, 16), torch.eye(24)
+    assert model(x, 3, labels[:2]).abs().max() == 0  # the output's convolution
+    h, temb = torch.randn(2, 64, 16, 16), torch.randn(2, 256)
+    assert torch.equal(model.unet.down_blocks[0].resnets[0](h, temb), h)
+    assert torch.equal(model.unet.mid_block.attentions[0](h), h)
+    assert model.class_embedding[0].weight.std() == pytest.approx(1, abs=0.05)
+    assert 0.3 < model.class_embedding(labels).std() < 1.0  # after a SiLU
 
 
 @pytest.mark.parametrize(
