@@ -88,12 +88,12 @@ def load_model(checkpoint: Checkpoint, path: Path, device: torch.device) -> Diff
         UserError: the weights are not those of the settings in the checkpoint.
     """
     model = DiffusionModel(checkpoint.config.model)
-    load_weights(model, checkpoint.ema or checkpoint.model, path)
+    load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
     return model.to(device).eval()
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Load a state dict, every name and shape as expected.
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, what: str) -> None:
+    """Load the state dict of `what`, every name and shape as expected.
 
     Raises:
         UserError: anything missing, left over or of another shape.
@@ -102,7 +102,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: weights do not fit its settings ({why})") from None
+        raise UserError(f"{path}: its weights are not those of {what} ({why})") from None
 
 
 def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -122,7 +122,7 @@ def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") ->
         raise UserError(
             f"{path}: damaged, or would run code when read, which is refused; {remedy}"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except Exception as error:  # whatever the reader makes of a damaged file
         why = " ".join(str(error).split())[:100]
         raise UserError(f"{path}: damaged or not a checkpoint ({why}); {remedy}") from None
     if not isinstance(content, dict):

@@ -28,6 +28,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
+WandbMode = Literal["auto", "online", "offline", "disabled"]
 SchedulerName = Literal["ddpm", "ddim"]
 DownBlockType = Literal["DownBlock2D", "AttnDownBlock2D"]
 UpBlockType = Literal["UpBlock2D", "AttnUpBlock2D"]
@@ -89,7 +90,7 @@ class SchedulerConfig(Settings):
     """Diffusion steps T."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     """What the network predicts: eps, v (Salimans & Ho 2022) or x_0."""
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    timestep_spacing: Literal["leading", "trailing"] = "leading"
     """Which timesteps a sampler of few steps visits (Lin et al. 2023, table 2)."""
     shift_factor: float = 0.0
     """The network sees (x - shift_factor) * scaling_factor, with x in [-1, 1]."""
@@ -103,9 +104,11 @@ class DataConfig(Settings):
 
     data_dir: Path | None = None
     """Folder of objects.json, train.json, test.json, new_test.json (default: data/ if it holds
-    train.json, else data/standin/)."""
+    objects.json, else data/standin/)."""
     image_dir: Path | None = None
     """Folder of the training pictures (default: iclevr/ in the data folder)."""
+    cache_dir: Path | None = None
+    """Folder of the decoded pictures (default: .cache/ in the data folder)."""
     evaluator: Path | None = None
     """Weights of the judge (default: checkpoint.pth in the data folder, else evaluator.pth)."""
 
@@ -162,6 +165,9 @@ class TrainConfig(Settings):
     """Chance that a picture's condition is dropped, for classifier-free guidance."""
     min_snr_gamma: PositiveFloat | None = None
     """Weight the loss by min(SNR, gamma) (Hang et al. 2023); none: the plain loss."""
+    timestep_power: PositiveFloat = 1.0
+    """Timesteps are drawn as T u^(1 / power), u uniform in [0, 1): above 1 favours noisy ones,
+    where it is decided which objects stand where."""
     ema: bool = True
     """Keep an exponential moving average of the weights; preview and test use it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
@@ -191,7 +197,7 @@ class TrainConfig(Settings):
     """Processes that load pictures; the cache makes 0 fast enough."""
     device: str | None = None
     """cuda, cuda:1, mps, cpu ... (default: the best there is)."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb: WandbMode = "auto"
     """auto: online when logged in to Weights & Biases, else offline (files in the run folder)."""
     wandb_project: str = "iclevr-ddpm"
     """Project name at Weights & Biases."""
@@ -262,7 +268,7 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -272,6 +278,8 @@ def run(main: Callable[[], Any]) -> None:
 def _first_paragraph(box: str) -> str:
     """The message inside the box that tyro draws around an error, on one line."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    if not lines:  # a terminal without box characters
+        return " ".join(box.split())
     rule = next((i for i, line in enumerate(lines) if re.fullmatch("─+", line)), len(lines))
     flags = [line.split()[0] for line in lines[rule:] if line.startswith("--")]
     hint = f" (did you mean {flags[0]}?)" if flags and "nrecognized" in lines[0] else ""

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ class DataPaths:
 
     data_dir: Path
     image_dir: Path
+    cache_dir: Path
     evaluator: Path | None
 
 
@@ -52,7 +52,12 @@ def find_data(config: DataConfig) -> DataPaths:
     if evaluator is None:
         weights = [data_dir / "checkpoint.pth", data_dir / "evaluator.pth"]
         evaluator = next((path for path in weights if path.exists()), None)
-    return DataPaths(data_dir, config.image_dir or data_dir / "iclevr", evaluator)
+    return DataPaths(
+        data_dir,
+        config.image_dir or data_dir / "iclevr",
+        config.cache_dir or data_dir / ".cache",
+        evaluator,
+    )
 
 
 # --- labels -------------------------------------------------------------------------------------
@@ -76,7 +81,7 @@ def read_objects(data_dir: Path) -> dict[str, int]:
     return objects
 
 
-def encode_labels(names: Iterable[str], objects: dict[str, int]) -> Tensor:
+def encode_labels(names: Sequence[str], objects: dict[str, int]) -> Tensor:
     """Object names -> multi-hot vector, (number of objects,) float32. The inverse: decode_labels.
 
     Raises:
@@ -188,32 +193,41 @@ class IclevrDataset(Dataset):
         data_dir: folder of the JSON files.
         image_dir: folder of the training pictures; may be None for the test modes.
         image_size: S, side in pixels.
+        cache_dir: folder of the decoded pictures; None: .cache/ in `data_dir`.
 
     Raises:
         UserError: files missing or malformed, see the functions above.
     """
 
-    def __init__(self, data_dir: Path, image_dir: Path | None, mode: Mode, image_size: int = 64):
+    def __init__(
+        self,
+        data_dir: Path,
+        image_dir: Path | None,
+        mode: Mode,
+        image_size: int = 64,
+        cache_dir: Path | None = None,
+    ):
         self.mode = mode
         self.objects = read_objects(data_dir)
         if mode == "train":
             self.names, self.labels = read_train(data_dir, self.objects)
             self.cache = load_images(
-                Path(image_dir), self.names, image_size, Path(data_dir) / ".cache"
+                Path(image_dir), self.names, image_size, cache_dir or Path(data_dir) / ".cache"
             )
+            self.images = np.load(self.cache, mmap_mode="r")  # (N, 3, S, S) uint8
         elif mode in SPLITS:
             self.conditions, self.labels = read_conditions(data_dir, mode, self.objects)
         else:
             raise ValueError(f"mode {mode!r}: use train, test or new_test")
 
-    @cached_property
-    def images(self) -> np.ndarray:
-        """(N, 3, S, S) uint8, memory-mapped."""
-        return np.load(self.cache, mmap_mode="r")
-
     def __getstate__(self) -> dict:
         # A loader's worker opens the map itself; pickled, it would become a copy in memory.
         return {key: value for key, value in self.__dict__.items() if key != "images"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        if self.mode == "train":
+            self.images = np.load(self.cache, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -272,6 +286,7 @@ def get_dataloader(
     image_size: int = 64,
     seed: int = 0,
     horizontal_flip: bool = True,
+    cache_dir: Path | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
     """Batches of pictures and labels ("train": shuffled, flipped) or of labels in file order.
@@ -279,7 +294,7 @@ def get_dataloader(
     The epoch of the training order is set by `loader.batch_sampler.set_position(epoch)`.
     Arguments and errors as for `IclevrDataset` and `TrainSampler`.
     """
-    dataset = IclevrDataset(data_dir, image_dir, mode, image_size)
+    dataset = IclevrDataset(data_dir, image_dir, mode, image_size, cache_dir)
     options = dict(num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_is)
     if mode == "train":
         sampler = TrainSampler(len(dataset), batch_size, seed, horizontal_flip)

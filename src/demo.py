@@ -8,6 +8,7 @@ result is there is skipped; an interrupted one goes on where it stopped.
 """
 
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ import test
 import train
 import train_evaluator
 from checkpoint import load_checkpoint
-from config import ROOT, Settings, parse_args, run
+from config import ROOT, SamplingConfig, Settings, parse_args, run
 from files import read_json, write_json
 
 # What gets furthest in ten minutes of two cores: a narrow network on 32x32 pictures, scaled to unit
-# variance, small batches for many steps, and a start at which the condition is heard.
+# variance, small batches for many steps, a start at which the condition is heard, and most of the
+# practice at the noise levels where it is decided which objects stand where.
 RECIPE = (
     "--image_size 32 --block_out_channels 32 64 128 128 --layers_per_block 1"
     " --down_block_types DownBlock2D DownBlock2D AttnDownBlock2D AttnDownBlock2D"
@@ -33,6 +35,7 @@ RECIPE = (
     " --prediction_type v_prediction --timestep_spacing trailing"
     " --shift_factor -0.08 --scaling_factor 8 --zero_init"
     " --batch_size 16 --lr 1e-3 --lr_warmup_steps 50 --adam_beta2 0.99 --ema_decay 0.995"
+    " --timestep_power 4"
 )
 FULL = {
     "sequences": 2500,
@@ -57,74 +60,85 @@ class DemoConfig(Settings):
 
     quick: bool = False
     """In miniature (under 3 minutes): shows that all stages work; the pictures are blobs."""
+    output_dir: Path = ROOT / "output"
+    """Data, run and results go to folders in here."""
 
 
-def run_stage(
-    script: ModuleType, flags: str, done: bool, times: dict[str, float], report: Path
-) -> None:
-    """Run a script with flags unless its result is there; note how long it took."""
-    print(f"\n$ python src/{script.__name__}.py {flags}", flush=True)
-    if done:
-        print("done before, skipped")
-        return
-    since = time.perf_counter()
-    script.main(shlex.split(flags))
-    times[script.__name__] = round(time.perf_counter() - since, 1)
-    write_json(report, {"seconds": times})
+class Stages:
+    """Runs scripts with flags; skips what is done, and notes how long each took."""
+
+    def __init__(self, report: Path):
+        self.report = report
+        self.seconds = read_json(report)["seconds"] if report.exists() else {}
+
+    def run(self, script: ModuleType, flags: str, result: Path, sources: Sequence[Path]) -> None:
+        """Run `script` unless `result` is there and newer than what it was made from."""
+        print(f"\n$ python src/{script.__name__}.py {flags}", flush=True)
+        if result.exists() and all(
+            result.stat().st_mtime >= source.stat().st_mtime for source in sources
+        ):
+            print("done before, skipped")
+            return
+        since = time.perf_counter()
+        try:
+            script.main(shlex.split(flags))
+        except SystemExit as stop:
+            print("the demo goes on from here when it is started again", file=sys.stderr)
+            raise stop
+        self.seconds[script.__name__] = round(time.perf_counter() - since, 1)
+        write_json(self.report, {"seconds": self.seconds})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(DemoConfig, argv)
     size = QUICK if config.quick else FULL
     name = "demo-quick" if config.quick else "demo"
-    output = ROOT / "output"
-    data = output / name / "data" if config.quick else ROOT / "data" / "standin"
-    run_dir = output / name
-    result = output / "result" / name
-    report = run_dir / "demo.json"
-    times = read_json(report)["seconds"] if report.exists() else {}
-    quote = shlex.quote
+    output = config.output_dir
+    run_dir, data, result = output / name, output / name / "data", output / "result" / name
+    stages = Stages(run_dir / "demo.json")
+    data_flag = f"--data_dir {shlex.quote(str(data))}"
+    output_flag = f"--output_dir {shlex.quote(str(output))}"
+    judge = data / "evaluator.pth"
 
-    run_stage(
-        render_iclevr, f"--num_sequences {size['sequences']} --out_dir {quote(str(data))}",
-        (data / "train.json").exists(), times, report,
-    )  # fmt: skip
-    run_stage(
-        train_evaluator, f"{size['evaluator']} --data_dir {quote(str(data))}",
-        (data / "evaluator.pth").exists(), times, report,
-    )  # fmt: skip
+    stages.run(
+        render_iclevr,
+        f"--num_sequences {size['sequences']} --out_dir {shlex.quote(str(data))}",
+        data / "train.json",
+        [],
+    )
+    stages.run(train_evaluator, f"{size['evaluator']} {data_flag}", judge, [])
 
-    checkpoint = train.latest_checkpoint(run_dir)
-    finished = checkpoint is not None and load_checkpoint(checkpoint).step >= size["steps"]
-    flags = f"--run_name {name} --data_dir {quote(str(data))} --max_train_steps {size['steps']}"
+    flags = f"--run_name {name} {output_flag} {data_flag} --max_train_steps {size['steps']}"
     flags += f" --save_interval 1 --sample_interval 2 --preview_steps 25 --wandb offline {RECIPE}"
-    if checkpoint is not None and not finished:
-        flags += " --resume auto"
-    run_stage(train, flags, finished, times, report)
+    checkpoint = train.latest_checkpoint(run_dir)
+    if checkpoint is not None:
+        finished = load_checkpoint(checkpoint).step >= size["steps"]
+        flags += "" if finished else " --resume auto"
+    done = checkpoint if checkpoint is not None and finished else run_dir / "not yet"
+    stages.run(train, flags, done, [])
 
     checkpoint = train.latest_checkpoint(run_dir)
-    common = f"--ckpt_path {quote(str(checkpoint))} --data_dir {quote(str(data))} {SAMPLING}"
-    accuracies = result / "accuracies.json"
-    sources = (checkpoint, data / "evaluator.pth")
-    run_stage(
-        test, f"{common} --num_seeds {size['seeds']}",
-        accuracies.exists()
-        and all(accuracies.stat().st_mtime > source.stat().st_mtime for source in sources),
-        times, report,
-    )  # fmt: skip
-    # The sweep keeps its own draws, and knows which ones are still to be made.
-    run_stage(guidance_scale, f"{common} {size['sweep']} --wandb offline", False, times, report)
+    common = f"--ckpt_path {shlex.quote(str(checkpoint))} {data_flag} --wandb offline"
+    drawn = f"--output_dir {shlex.quote(str(output / 'result'))} {SAMPLING}"
+    tested = result / test.folder_name(parse_args(SamplingConfig, shlex.split(SAMPLING)))
+    stages.run(
+        test,
+        f"{common} {drawn} --num_seeds {size['seeds']}",
+        tested / "accuracies.json",
+        [checkpoint, judge],
+    )
+    charts = sorted(result.glob("guidance_scale/*/sweep.png"), key=lambda p: p.stat().st_mtime)
+    chart = charts[-1] if charts else result / "not yet"
+    stages.run(guidance_scale, f"{common} {drawn} {size['sweep']}", chart, [checkpoint, judge])
 
-    accuracy = read_json(accuracies)["accuracy"]
     print("\nstage              seconds")
-    for stage, seconds in times.items():
+    for stage, seconds in stages.seconds.items():
         print(f"{stage:<18}{seconds:>8.0f}")
-    for split, i in accuracy.items():
-        print(f"{split} accuracy {i['mean']:.3f} [{i['low']:.3f}, {i['high']:.3f}]")
-    print(f"\npictures: {result}\n  test_grid.png, new_test_grid.png, denoising.png")
-    for chart in sorted(result.glob("guidance_scale/*/sweep.png")):
-        print(f"  {chart.relative_to(result)}")
-    print(f"previews during training: {run_dir / 'samples'}")
+    print((result / "accuracies.md").read_text(encoding="utf-8"))
+    print(f"pictures: {tested}\n  test_grid.png, new_test_grid.png, denoising.png")
+    chart = max(result.glob("guidance_scale/*/sweep.png"), key=lambda p: p.stat().st_mtime)
+    print(f"sweep: {chart}\npreviews during training: {run_dir / 'samples'}")
+    print(f'try: python src/test.py {common} {SAMPLING} --prompt "red sphere, cyan cube"')
 
 
 if __name__ == "__main__":

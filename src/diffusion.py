@@ -61,6 +61,7 @@ def training_loss(
     labels: Tensor,
     cfg_dropout_prob: float = 0.1,
     min_snr_gamma: float | None = None,
+    timestep_power: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """E |target - model(x_t, t, y)|^2 for random t and eps (Ho et al. 2020, equation 14).
@@ -70,13 +71,16 @@ def training_loss(
         labels: (N, K) multi-hot conditions
         min_snr_gamma: weight each picture by min(SNR, gamma) in terms of x_0 (Hang et al. 2023,
             section 3.4), rewritten for what the network predicts; None: weight 1.
+        timestep_power: t is drawn as T u^(1 / timestep_power), u uniform; 1 is uniform.
         generator: of t, eps and the dropped conditions, on the device of `x_0`.
 
     Returns:
         scalar: mean over pictures and pixels.
     """
     random = dict(device=x_0.device, generator=generator)
-    t = torch.randint(scheduler.config.num_train_timesteps, (len(x_0),), **random)
+    total = scheduler.config.num_train_timesteps
+    u = torch.rand(len(x_0), dtype=torch.float64, **random)
+    t = (total * u ** (1 / timestep_power)).long().clamp(max=total - 1)
     eps = torch.randn(x_0.shape, **random)
     x_t = scheduler.add_noise(x_0, eps, t)
     prediction = model(x_t, t, drop_labels(labels, cfg_dropout_prob, generator)).float()
@@ -134,33 +138,52 @@ def guided_noise(
 
 def picture_seeds(seed: int, count: int) -> list[int]:
     """One seed for every picture of a set; sets with other `seed`s share none of them."""
-    return [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(count)]
+    return [derive_seed(seed, 0, i) for i in range(count)]
 
 
-def check_steps(noise: SchedulerConfig, config: SamplingConfig) -> int:
-    """Denoising steps of a sampling run, checked.
+def derive_seed(seed: int, purpose: int, number: int) -> int:
+    """A 64-bit seed from three numbers; purpose 0: picture `number`, 1: training step `number`."""
+    return int(np.random.SeedSequence([seed, purpose, number]).generate_state(1, np.uint64)[0])
+
+
+def check_steps(
+    noise: SchedulerConfig, config: SamplingConfig, flag: str = "--num_inference_steps"
+) -> int:
+    """Denoising steps of a sampling run: those asked for, if they make sense, or the default.
+
+    The default is all T trained steps for ddpm, and about 50 for ddim.
 
     Raises:
-        UserError: more steps than were trained, or a number at which diffusers' timesteps
-            would miss the start of the schedule or step unevenly.
+        UserError: more steps than were trained; a number at which diffusers' timesteps step
+            unevenly or begin far from noise; eta without ddim.
     """
+    if config.eta and config.scheduler != "ddim":
+        raise UserError(f"--eta {config.eta:g}: only --scheduler ddim knows it")
     total = noise.num_train_timesteps
-    steps = config.num_inference_steps or (total if config.scheduler == "ddpm" else min(50, total))
+    alphas_cumprod = make_scheduler(noise).alphas_cumprod
+
+    def why_not(steps: int) -> str | None:
+        # "leading" counts in strides of T // n from 0, and so does a DDIM step whatever the
+        # spacing: with T = 500 and n = 300 sampling would begin at t = 299, not in noise.
+        leading = noise.timestep_spacing == "leading"
+        if total % steps and (leading or config.scheduler == "ddim"):
+            return f"does not divide the {total} trained timesteps"
+        first = (steps - 1) * (total // steps) if leading else total - 1
+        if alphas_cumprod[first] - alphas_cumprod[-1] > 0.1:
+            return f"too few: sampling would begin at t = {first} of {total}, not in noise"
+        return None
+
+    possible = [n for n in range(1, total + 1) if why_not(n) is None]
+    steps = config.num_inference_steps
+    if steps is None:
+        if config.scheduler == "ddpm":
+            return total
+        return min((n for n in possible if n >= 20), key=lambda n: abs(n - 50), default=total)
     if steps > total:
-        raise UserError(
-            f"--num_inference_steps {steps}: the network knows {total} timesteps; use at most that"
-        )
-    # "leading" counts in strides of T // n from 0, and so does a DDIM step whatever the spacing:
-    # with T = 500 and n = 300 sampling would start at t = 299, and at noise it never saw there.
-    uneven = total % steps and (noise.timestep_spacing == "leading" or config.scheduler == "ddim")
-    if uneven and config.num_inference_steps:
-        near = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
-        raise UserError(
-            f"--num_inference_steps {steps}: does not divide the {total} trained timesteps; "
-            f"the nearest that does is {near}"
-        )
-    if uneven:
-        steps = max(n for n in range(1, steps + 1) if total % n == 0)
+        raise UserError(f"{flag} {steps}: the network knows {total} timesteps; use at most that")
+    if reason := why_not(steps):
+        near = min(possible, key=lambda n: abs(n - steps))
+        raise UserError(f"{flag} {steps}: {reason}; the nearest that works is {near}")
     return steps
 
 
@@ -185,7 +208,8 @@ def sample(
         labels: (N, K) multi-hot conditions.
         seeds: N seeds.
         config: scheduler, steps, guidance scale, batch size, number format.
-        num_intermediates: pictures to keep on the way, evenly spaced, noise and result included.
+        num_intermediates: pictures to keep on the way, evenly spaced, noise and result included;
+            more than there are steps repeat some.
         progress: show a progress bar.
 
     Returns:
@@ -201,7 +225,7 @@ def sample(
     steps = check_steps(noise, config)
     scheduler = make_scheduler(noise, config.scheduler)
     extra = {"eta": config.eta} if config.scheduler == "ddim" else {}
-    kept_steps = set(np.linspace(0, steps, num_intermediates).round().astype(int).tolist())
+    kept_steps = np.linspace(0, steps, num_intermediates).round().astype(int).tolist()
 
     pictures, intermediates = [], []
     starts = range(0, len(seeds), config.batch_size)
@@ -215,15 +239,16 @@ def sample(
             x_t = torch.cat([torch.randn(1, 3, size, size, generator=g) for g in generators])
             x_t = x_t.to(device)
             scheduler.set_timesteps(steps)
-            kept = [x_t.cpu()] if 0 in kept_steps else []
+            kept = [x_t.cpu()] * kept_steps.count(0)
             for done, t in enumerate(scheduler.timesteps, start=1):
                 with autocast(device, dtype):
                     prediction = guided_noise(model, x_t, t.to(device), y, config.guidance_scale)
                 x_t = scheduler.step(prediction, t, x_t, generator=generators, **extra).prev_sample
-                if done in kept_steps:
-                    kept.append(x_t.cpu())
+                kept += [x_t.cpu()] * kept_steps.count(done)
                 bar.update()
             pictures.append(x_t.cpu())
             intermediates.append(torch.stack(kept) if kept else torch.empty(0, *x_t.shape))
     x_0, kept_x_t = torch.cat(pictures), torch.cat(intermediates, dim=1)
+    if not x_0.isfinite().all():
+        raise UserError("the network gives NaN or infinite values: its training has diverged")
     return unscale(x_0, noise).clamp(-1, 1), unscale(kept_x_t, noise).clamp(-1, 1)

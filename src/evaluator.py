@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from checkpoint import read_tensors
+from checkpoint import load_weights, read_tensors
 from config import UserError
 from dataset import DataPaths, resize
 
@@ -64,14 +64,7 @@ def load_evaluator(
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: no evaluator: it has no entry 'model'; {HOW_TO_GET_EVALUATOR}")
     model = build_evaluator(num_classes)
-    try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{path}: not the weights of a ResNet18 with {num_classes} scores ({why}); "
-            f"{HOW_TO_GET_EVALUATOR}"
-        ) from None
+    load_weights(model, content["model"], path, f"a ResNet18 with {num_classes} scores")
     if git_blob_hash(path) == COURSE_BLOB:
         name = "course"
     else:
@@ -92,8 +85,12 @@ def require_evaluator(paths: DataPaths, num_classes: int, device: torch.device) 
 
 def git_blob_hash(path: Path) -> str:
     """What `git hash-object` prints for the file."""
-    content = Path(path).read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    path = Path(path)
+    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            blob.update(chunk)
+    return blob.hexdigest()
 
 
 @dataclass(frozen=True)

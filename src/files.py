@@ -61,7 +61,7 @@ def read_json(path: Path, remedy: str = "check the path") -> Any:
         raise UserError(f"{path}: not found; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}; {remedy}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
 
 

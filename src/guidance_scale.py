@@ -27,17 +27,19 @@ from config import (
     Seed,
     Settings,
     UserError,
+    WandbMode,
     parse_args,
     run,
     to_dict,
 )
 from dataset import SPLITS
+from device import autocast_dtype
 from diffusion import check_steps
 from evaluator import git_blob_hash
 from files import atomic_write, write_json
 from intervals import accuracy_interval, mean_interval
 from scoring import Bench, draw_splits, open_bench
-from tracking import Tracker, WandbMode
+from tracking import Tracker
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -70,9 +72,7 @@ class SweepConfig(Settings):
     """auto: online when logged in to Weights & Biases, else offline."""
     wandb_project: str = "iclevr-ddpm"
     """Project name at Weights & Biases."""
-    sampling: SamplingConfig = field(
-        default_factory=lambda: SamplingConfig(scheduler="ddim", num_inference_steps=50)
-    )
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(scheduler="ddim"))
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -94,89 +94,105 @@ def guidance_scales(config: SweepConfig) -> list[float]:
 
 def sweep_key(config: SweepConfig, bench: Bench, sampling: SamplingConfig) -> str:
     """Hash of all that a draw depends on; draws of other settings are never mixed in."""
+    device = next(bench.model.parameters()).device
     parts = {
         "checkpoint": git_blob_hash(config.ckpt_path),
         "judge": git_blob_hash(bench.judge.path),
         "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
         "sampling": to_dict(replace(sampling, guidance_scale=0.0, batch_size=1)),
+        "arithmetic": f"{device.type} {autocast_dtype(sampling.mixed_precision, device)}",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def read_draws(path: Path) -> dict[tuple[float, int], dict[str, int]]:
-    """(scale, seed) -> correct objects of each split, of draws made before.
+Draws = dict[tuple[float, int], dict[str, list[int]]]
+"""(scale, seed) -> split -> detected objects of each picture."""
 
-    A line cut short by a kill is dropped: that draw is made again.
-    """
+
+def read_draws(path: Path) -> Draws:
+    """Draws made before; a line cut short by a kill is left out, and drawn again."""
     draws = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
             draws[record["scale"], record["seed"]] = record["correct"]
     return draws
 
 
-def indistinguishable(accuracies: dict[float, list[float]], best: float) -> list[float]:
-    """Scales whose mean accuracy over the seeds can't be told from the best one's.
+def append_draw(path: Path, scale: float, seed: int, correct: dict[str, list[int]]) -> None:
+    """Add one line; the leading newline ends a line that a kill has cut short."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({"scale": scale, "seed": seed, "correct": correct}))
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}") from None
 
-    Seeds share their starting noise, so the differences from the best are paired: a scale is
-    told apart if the 95% t interval of its differences excludes 0. Needs >= 2 seeds.
+
+def picture_shares(
+    draws: Draws, scale: float, seeds: list[int], totals: dict[str, int]
+) -> np.ndarray:
+    """(pictures of all seeds,): each one's share, so that their mean is the mean accuracy.
+
+    The mean accuracy weighs both splits alike.
+    """
+    per_seed = [
+        np.concatenate([np.array(draws[scale, seed][split]) / totals[split] for split in SPLITS])
+        for seed in seeds
+    ]
+    return np.concatenate(per_seed) * len(per_seed[0]) / len(SPLITS)
+
+
+def indistinguishable(shares: dict[float, np.ndarray], best: float) -> list[float]:
+    """Scales whose mean accuracy can't be told from the best one's.
+
+    The same picture is drawn from the same noise for every scale, so the differences are paired:
+    a scale is told apart if the 95% t interval of its differences, picture by picture, excludes
+    0. The scales are not corrected for their number: of 20 equal ones, one may look worse.
     """
     result = []
-    for scale, values in accuracies.items():
-        difference = mean_interval(np.subtract(accuracies[best], values))
+    for scale, values in shares.items():
+        difference = mean_interval(shares[best] - values)
         if scale != best and difference.low <= 0 <= difference.high:
             result.append(scale)
     return result
 
 
 def summarise(
-    draws: dict[tuple[float, int], dict[str, int]],
-    scales: list[float],
-    seeds: list[int],
-    totals: dict[str, int],
+    draws: Draws, scales: list[float], seeds: list[int], totals: dict[str, int]
 ) -> dict[str, Any]:
-    """Rows of the table, the best scale by the mean of both splits, and its equals."""
-    rows, means = [], {}
+    """Rows of the table, the best scale by the mean of both splits, and its equals.
+
+    Intervals are Student's t over the seeds; for one seed, Wilson's for a split, and t over the
+    pictures for the mean.
+    """
+    rows = []
+    shares = {scale: picture_shares(draws, scale, seeds, totals) for scale in scales}
     for scale in scales:
-        correct = {split: [draws[scale, seed][split] for seed in seeds] for split in SPLITS}
         row: dict[str, Any] = {"guidance_scale": scale}
         for split in SPLITS:
-            row[split] = vars(accuracy_interval(correct[split], totals[split]))
-        means[scale] = [
-            float(np.mean([correct[split][i] / totals[split] for split in SPLITS]))
-            for i in range(len(seeds))
-        ]
-        if len(seeds) > 1:
-            row["mean"] = vars(mean_interval(means[scale]))
-        else:  # one draw: both splits' objects as one sample give the width
-            pooled = vars(accuracy_interval(
-                [sum(correct[split][0] for split in SPLITS)], sum(totals.values())
-            ))  # fmt: skip
-            shift = means[scale][0] - pooled["mean"]
-            row["mean"] = {key: value + shift for key, value in pooled.items()}
+            correct = [sum(draws[scale, seed][split]) for seed in seeds]
+            row[split] = vars(accuracy_interval(correct, totals[split]))
+        per_seed = shares[scale].reshape(len(seeds), -1)
+        row["mean"] = vars(mean_interval(per_seed.mean(1) if len(seeds) > 1 else per_seed[0]))
         rows.append(row)
-    best = max(means, key=lambda scale: float(np.mean(means[scale])))
-    if len(seeds) > 1:
-        equals = indistinguishable(means, best)
-    else:
-        low = next(row["mean"]["low"] for row in rows if row["guidance_scale"] == best)
-        equals = [
-            row["guidance_scale"] for row in rows
-            if row["guidance_scale"] != best and row["mean"]["high"] >= low
-        ]  # fmt: skip
-    return {"rows": rows, "best": best, "not_distinguishable_from_best": equals}
+    best = max(scales, key=lambda scale: float(shares[scale].mean()))
+    return {
+        "rows": rows,
+        "best": best,
+        "not_distinguishable_from_best": indistinguishable(shares, best),
+    }
 
 
-def verdict(summary: dict[str, Any], num_seeds: int) -> str:
+def verdict(summary: dict[str, Any]) -> str:
     """The result in words."""
     equals = summary["not_distinguishable_from_best"]
     row = next(r for r in summary["rows"] if r["guidance_scale"] == summary["best"])
-    how = f"paired t over {num_seeds} seeds" if num_seeds > 1 else "overlap of Wilson intervals"
     text = f"best mean accuracy {row['mean']['mean']:.4f} at guidance scale {summary['best']:g}"
+    how = "paired t, 95%, over all pictures"
     if equals:
         return f"{text}; not distinguishable from it ({how}): {', '.join(f'{e:g}' for e in equals)}"
     return f"{text}; every other scale is distinguishably worse ({how})"
@@ -240,21 +256,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if len(todo) < len(scales) * len(seeds):
         print(f"{len(scales) * len(seeds) - len(todo)} draws are there already: {folder}")
 
+    tracker = Tracker(
+        config.wandb, config.wandb_project, f"{bench.run_name}-guidance", folder, to_dict(config)
+    )
     for scale, seed in tqdm(todo, desc="sweep", unit="draw"):
         splits = draw_splits(bench, replace(sampling, guidance_scale=scale), seed, progress=False)
-        draws[scale, seed] = {
-            split: int(result.correct.sum()) for split, (_, result) in splits.items()
-        }
-        lines = [
-            json.dumps({"scale": scale, "seed": seed, "correct": correct})
-            for (scale, seed), correct in draws.items()
-        ]
-        with atomic_write(folder / "draws.jsonl") as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        draws[scale, seed] = {split: r.correct.tolist() for split, (_, r) in splits.items()}
+        append_draw(folder / "draws.jsonl", scale, seed, draws[scale, seed])
 
     totals = {split: int(bench.labels[split].sum()) for split in SPLITS}
     summary = summarise(draws, scales, seeds, totals)
-    text = verdict(summary, config.num_seeds)
+    text = verdict(summary)
     report = {
         "checkpoint": str(config.ckpt_path),
         "judge": bench.judge.name,
@@ -268,14 +280,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     title = f"{bench.run_name}: {sampling.scheduler}, {steps} steps, judge: {bench.judge.name}"
     draw_chart(summary, title, folder / "sweep.png")
 
-    tracker = Tracker(
-        config.wandb, config.wandb_project, f"{bench.run_name}-guidance", folder, to_dict(config)
-    )
-    tracker.table(
-        "guidance_sweep",
-        ["guidance_scale", *COLUMNS],
-        [[row["guidance_scale"], *(row[c]["mean"] for c in COLUMNS)] for row in summary["rows"]],
-    )
+    rows = [[r["guidance_scale"], *(r[c]["mean"] for c in COLUMNS)] for r in summary["rows"]]
+    tracker.log({"guidance_sweep": {"columns": ["guidance_scale", *COLUMNS], "data": rows}})
     tracker.log_picture("guidance_chart", folder / "sweep.png")
     tracker.finish()
     print((folder / "sweep.md").read_text(encoding="utf-8"))

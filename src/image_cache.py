@@ -38,7 +38,7 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
     for name in names:
         try:
             stats.append(os.stat(image_dir / name))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no name that a file could have
             missing.append(name)
     if missing:
         few = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
@@ -55,6 +55,9 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
         return path
 
     with atomic_write(path) as temporary:
+        if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash of the map
+            with open(temporary, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, len(names) * 3 * image_size**2)
         cache = np.lib.format.open_memmap(
             temporary, mode="w+", dtype=np.uint8, shape=(len(names), 3, image_size, image_size)
         )
@@ -95,6 +98,6 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
             resized = image.convert("RGB").resize((image_size, image_size), Image.BILINEAR)
     except UserError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever the decoder makes of a damaged file
         raise UserError(f"{path}: not a readable picture ({error}); replace the file") from None
     return np.asarray(resized).transpose(2, 0, 1)

@@ -34,7 +34,12 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def accuracy_interval(correct: Sequence[int], total: int) -> Interval:
-    """Accuracy over draws of `total` objects: over the seeds if there are several, else Wilson."""
-    if len(correct) == 1:
-        return proportion_interval(correct[0], total)
-    return mean_interval([c / total for c in correct])
+    """Accuracy over draws of `total` objects each, the interval within [0, 1].
+
+    Student's t over the draws; Wilson for one draw, and for draws that happen to be equal, where
+    t would claim certainty.
+    """
+    if len(set(correct)) == 1:
+        return proportion_interval(sum(correct), total * len(correct))
+    interval = mean_interval([c / total for c in correct])
+    return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))

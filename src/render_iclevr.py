@@ -364,7 +364,7 @@ def render_picture(
 def make_conditions(seed: int) -> tuple[list[list[str]], list[list[str]]]:
     """The conditions of test.json and new_test.json: no set of objects twice, all 24 objects
     about equally often, all from the first sequences, so that training pictures show them."""
-    rng = np.random.default_rng([seed, 2**32])
+    rng = np.random.default_rng([seed, 0, 2])  # 0 and 1 are those of sequence 0
     used: set[frozenset[int]] = set()
     seen: Counter[int] = Counter()
 
@@ -413,6 +413,8 @@ def _claim_folder(config: RenderConfig) -> None:
         write_json(path, settings)
         return
     stored = read_json(path, "delete the folder or choose another --out_dir")
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: not a dict of settings; delete the folder or change --out_dir")
     for name, value in settings.items():
         if stored.get(name) != value:
             raise UserError(
@@ -447,11 +449,28 @@ def _render_all(config: RenderConfig, jobs: list[tuple[RenderConfig, int, list[i
             ) from None
 
 
+def _draw_sheet(config: RenderConfig) -> None:
+    """sheet.png: the last pictures of the first 32 sequences, squeezed as a network sees them."""
+    side, columns = 128, 8
+    numbers = range(min(32, config.num_sequences))
+    sheet = Image.new("RGB", (columns * side, -(-len(numbers) // columns) * side))
+    for i in numbers:
+        with Image.open(config.out_dir / "iclevr" / file_names(i)[-1]) as picture:
+            small = picture.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+        place = (i % columns * side, i // columns * side)
+        sheet.paste(small.resize((side, side), Image.Resampling.BICUBIC), place)
+    with atomic_write(config.out_dir / "sheet.png") as temporary:
+        sheet.save(temporary)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(RenderConfig, argv)
     _claim_folder(config)
     image_dir = config.out_dir / "iclevr"
-    image_dir.mkdir(exist_ok=True)
+    try:
+        image_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{image_dir}: can't be made: {error.strerror}") from None
     for left_over in [*config.out_dir.glob(".tmp-*"), *image_dir.glob(".tmp-*")]:  # of a kill
         left_over.unlink(missing_ok=True)
     done = set(os.listdir(image_dir))
@@ -471,7 +490,8 @@ def main(argv: list[str] | None = None) -> None:
         names = [NAMES[n] for n in sample_labels(config.seed, i)]
         train |= {name: names[: k + 1] for k, name in enumerate(file_names(i))}
     write_json(config.out_dir / "train.json", train)
-    print(f"{len(train)} pictures in {config.out_dir}")
+    _draw_sheet(config)
+    print(f"{len(train)} pictures in {config.out_dir}; sheet.png shows some")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python src/test.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
     python src/test.py --ckpt_path ... --prompt "red sphere, cyan cube"
 
-Writes output/result/<run>/: images/<split>/0.png ... 31.png, a grid of each split, the way from
-noise to a picture, and accuracies.json. Network and schedule are those in the checkpoint.
+Writes output/result/<run>/<sampling>/: images/<split>/0.png ... 31.png, a grid of each split, the
+way from noise to a picture, and accuracies.json; and output/result/<run>/accuracies.md, where
+different ways of sampling stand side by side. Network and schedule are those in the checkpoint.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from config import (
     SamplingConfig,
     Seed,
     Settings,
+    WandbMode,
     parse_args,
     run,
     to_dict,
@@ -30,9 +32,10 @@ from dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
 from diffusion import check_steps, picture_seeds, sample
 from evaluator import IMAGE_SIZE
 from figures import grid, save_image, strip
-from files import write_json
-from intervals import Interval, accuracy_interval
+from files import atomic_write, read_json, write_json
+from intervals import accuracy_interval
 from scoring import Bench, draw_splits, open_bench
+from tracking import Tracker
 
 STRIP_PROMPT = ["red sphere", "cyan cylinder", "cyan cube"]
 """The scene whose way from noise to picture is shown."""
@@ -58,6 +61,10 @@ class TestConfig(Settings):
     device: str | None = None
     """cuda, cpu ... (default: the best there is)."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    wandb: WandbMode = "auto"
+    """auto: online when logged in to Weights & Biases, else offline."""
+    wandb_project: str = "iclevr-ddpm"
+    """Project name at Weights & Biases."""
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -93,9 +100,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
     sampling = replace(config.sampling, num_inference_steps=steps)
     config = replace(config, sampling=sampling)
-    folder = config.output_dir / bench.run_name
+    run_folder = config.output_dir / bench.run_name
     if config.prompt is not None:
-        return draw_prompt(bench, config, folder)
+        return draw_prompt(bench, config, run_folder)
+    name = folder_name(sampling)
+    folder = run_folder / name
+    tracker = Tracker(
+        config.wandb, config.wandb_project, f"{bench.run_name}-{name}", run_folder, to_dict(config)
+    )
 
     correct: dict[str, list[int]] = {split: [] for split in SPLITS}
     for draw in range(config.num_seeds):
@@ -105,9 +117,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
                 for i, image in enumerate(resize(images, IMAGE_SIZE)):
                     save_image(image, folder / "images" / split / f"{i}.png")
                 save_image(grid(images), folder / f"{split}_grid.png")
-    names = STRIP_PROMPT if set(STRIP_PROMPT) <= bench.checkpoint.objects.keys() else None
-    if names:
-        save_image(strip(draw_strip(bench, sampling, names, config.seed)), folder / "denoising.png")
+    if set(STRIP_PROMPT) <= bench.checkpoint.objects.keys():
+        steps = draw_strip(bench, sampling, STRIP_PROMPT, config.seed)
+        save_image(strip(steps), folder / "denoising.png")
+    else:
+        print(f"no denoising.png: these objects lack one of {', '.join(STRIP_PROMPT)}")
 
     totals = {split: int(bench.labels[split].sum()) for split in SPLITS}
     intervals = {split: accuracy_interval(correct[split], totals[split]) for split in SPLITS}
@@ -124,21 +138,41 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
         "accuracy": {split: vars(interval) for split, interval in intervals.items()},
     }
     write_json(folder / "accuracies.json", report)
-    print_table(intervals, sampling, config.num_seeds)
+    tracker.log({f"{split}_accuracy": interval.mean for split, interval in intervals.items()})
+    for split in SPLITS:
+        tracker.log_picture(f"{split}_grid", folder / f"{split}_grid.png")
+    tracker.finish()
+    print("\n" + write_comparison(run_folder))
     print(folder)
     return report
 
 
-def print_table(intervals: dict[str, Interval], sampling: SamplingConfig, num_seeds: int) -> None:
-    """The accuracies for people."""
-    spread = f"t over {num_seeds} seeds" if num_seeds > 1 else "Wilson, 1 draw"
-    print(
-        f"\n{sampling.scheduler}, {sampling.num_inference_steps} steps, "
-        f"guidance {sampling.guidance_scale:g}; 95% interval: {spread}"
-    )
-    print(f"{'split':<10}{'accuracy':>10}   95% interval")
-    for split, i in intervals.items():
-        print(f"{split:<10}{i.mean:>10.4f}   {i.low:.4f} - {i.high:.4f}")
+def folder_name(sampling: SamplingConfig) -> str:
+    """Such as ddim50-guidance3: results of other ways of sampling stay side by side."""
+    name = f"{sampling.scheduler}{sampling.num_inference_steps}-guidance{sampling.guidance_scale:g}"
+    return name + (f"-eta{sampling.eta:g}" if sampling.eta else "")
+
+
+def write_comparison(run_folder: Path) -> str:
+    """accuracies.md: a line for every way of sampling that this run was tested with."""
+    lines = [
+        "| sampling | epoch | seeds | judge | test [95% interval] | new_test [95% interval] |",
+        "|---|---:|---:|---|---|---|",
+    ]
+    for path in sorted(run_folder.glob("*/accuracies.json")):
+        report = read_json(path)
+        cells = [
+            "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**report["accuracy"][split])
+            for split in SPLITS
+        ]
+        lines.append(
+            f"| {path.parent.name} | {report['epoch']} | {report['num_seeds']} | {report['judge']} "
+            f"| {' | '.join(cells)} |"
+        )
+    table = "\n".join(lines) + "\n"
+    with atomic_write(run_folder / "accuracies.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    return table
 
 
 if __name__ == "__main__":

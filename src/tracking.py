@@ -3,13 +3,11 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
-from config import UserError
-
-WandbMode = Literal["auto", "online", "offline", "disabled"]
+from config import UserError, WandbMode
 
 
 class Tracker:
@@ -41,8 +39,7 @@ class Tracker:
             elif mode == "online" and not wandb.login(prompt=False):
                 raise UserError("--wandb online: not logged in; run `wandb login` or use auto")
             folder.mkdir(parents=True, exist_ok=True)
-            self.run = wandb.init(
-                mode=mode,
+            options = dict(
                 project=project,
                 name=name,
                 dir=str(folder),
@@ -50,6 +47,13 @@ class Tracker:
                 reinit="finish_previous",
                 settings=wandb.Settings(silent=True, console="off", init_timeout=60),
             )
+            try:
+                self.run = wandb.init(mode=mode, **options)
+            except Exception:  # logged in, but the service can't be reached
+                if asked == "online" or mode == "offline":
+                    raise
+                mode = "offline"
+                self.run = wandb.init(mode=mode, **options)
         except UserError:
             raise
         except Exception as error:  # whatever the service or its client may come up with
@@ -61,7 +65,7 @@ class Tracker:
             print(f"wandb: {where}")
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Log figures, and Pillow pictures as pictures, at a training step."""
+        """Log figures, Pillow pictures as pictures, and {"columns", "data"} as tables."""
         if self.run is None:
             return
         try:
@@ -69,20 +73,17 @@ class Tracker:
 
             self.run.log(
                 {
-                    key: wandb.Image(value) if isinstance(value, Image.Image) else value
+                    key: wandb.Image(value)
+                    if isinstance(value, Image.Image)
+                    else wandb.Table(**value)
+                    if isinstance(value, dict)
+                    else value
                     for key, value in values.items()
                 },
                 step=step,
             )
         except Exception as error:
             self._give_up(error)
-
-    def table(self, name: str, columns: list[str], rows: list[list]) -> None:
-        """Log a table."""
-        if self.run is not None:
-            import wandb
-
-            self.log({name: wandb.Table(columns=columns, data=rows)})
 
     def log_picture(self, name: str, path: Path) -> None:
         """Log a picture file."""

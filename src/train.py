@@ -8,6 +8,7 @@ samples/epoch_N.png, whose accuracy is logged.
 """
 
 import copy
+import hashlib
 import json
 import math
 import signal
@@ -18,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
@@ -26,9 +26,17 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from config import SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
-from dataset import find_data, get_dataloader, read_conditions
+from dataset import IclevrDataset, find_data, get_dataloader, read_conditions
 from device import autocast, autocast_dtype, pick_device
-from diffusion import check_steps, make_scheduler, picture_seeds, sample, scale, training_loss
+from diffusion import (
+    check_steps,
+    derive_seed,
+    make_scheduler,
+    picture_seeds,
+    sample,
+    scale,
+    training_loss,
+)
 from evaluator import Evaluator, evaluate, load_evaluator
 from figures import grid, save_image
 from files import atomic_write, write_json
@@ -37,8 +45,9 @@ from tracking import Tracker
 
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
 FREE_ON_RESUME = {
-    "epochs", "max_train_steps", "output_dir", "resume", "save_interval", "sample_interval",
-    "log_interval", "num_workers", "device", "wandb", "wandb_project", "dry_run", "data", "preview",
+    "epochs", "max_train_steps", "output_dir", "run_name", "resume", "save_interval",
+    "sample_interval", "log_interval", "num_workers", "device", "wandb", "wandb_project",
+    "dry_run", "data", "preview",
 }  # fmt: skip
 
 
@@ -61,9 +70,9 @@ class TrainState:
         }
 
     def load(self, checkpoint: Checkpoint, path: Path) -> None:
-        load_weights(self.model, checkpoint.model, path)
+        load_weights(self.model, checkpoint.model, path, "its settings")
         if self.ema is not None:
-            load_weights(self.ema, checkpoint.ema, path)
+            load_weights(self.ema, checkpoint.ema, path, "its settings")
         self.optimizer.load_state_dict(checkpoint.training["optimizer"])
         self.lr_scheduler.load_state_dict(checkpoint.training["lr_scheduler"])
         self.scaler.load_state_dict(checkpoint.training["scaler"])
@@ -89,9 +98,14 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
             )
         return config, None
     source = run_dir if config.resume == "auto" else Path(config.resume)
-    path = latest_checkpoint(source) if source.is_dir() or config.resume == "auto" else source
+    path = source if source.is_file() else latest_checkpoint(source)
     if path is None:
         raise UserError(f"--resume {config.resume}: no checkpoint in {source / 'checkpoints'}")
+    run_dir = path.absolute().parents[1]  # go on where the checkpoint lies
+    if path.absolute() != latest_checkpoint(run_dir):
+        raise UserError(
+            f"--resume {config.resume}: {run_dir} holds later checkpoints; move them away first"
+        )
     stored = load_checkpoint(path).config
     config = parse_args(TrainConfig, argv, default=stored)
     for name in vars(stored):
@@ -100,7 +114,7 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
                 f"--{name} {getattr(config, name)}: {path} was trained with "
                 f"{getattr(stored, name)}; leave the flag out or start another --run_name"
             )
-    return config, path
+    return replace(config, output_dir=run_dir.parent, run_name=run_dir.name), path
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -121,7 +135,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Random numbers of one step, from (seed, step) alone: a resumed run draws the same ones."""
-    value = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    value = derive_seed(seed, 1, step)
     torch.manual_seed(value)  # dropout in the network draws from the global generator
     return torch.Generator(device).manual_seed(value)
 
@@ -139,7 +153,7 @@ def train_step(
     with autocast(x_0.device, dtype):
         loss = training_loss(
             state.model, scheduler, scale(x_0, config.noise), labels,
-            config.cfg_dropout_prob, config.min_snr_gamma, generator,
+            config.cfg_dropout_prob, config.min_snr_gamma, config.timestep_power, generator,
         )  # fmt: skip
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
@@ -153,6 +167,13 @@ def train_step(
         update_ema(state.ema, state.model, decay)
     state.step += 1
     return loss.detach(), grad_norm
+
+
+def data_key(dataset: IclevrDataset) -> str:
+    """Hash of the training pictures' names and labels, to resume on the same ones only."""
+    key = hashlib.sha256("\n".join(dataset.names).encode("utf-8", "surrogatepass"))
+    key.update(dataset.labels.numpy().tobytes())
+    return key.hexdigest()
 
 
 def build_state(config: TrainConfig, total_steps: int, device: torch.device) -> TrainState:
@@ -180,6 +201,16 @@ def build_state(config: TrainConfig, total_steps: int, device: torch.device) -> 
     )
 
 
+def preview_sampling(config: TrainConfig) -> SamplingConfig:
+    """How previews are drawn."""
+    return SamplingConfig(
+        scheduler="ddim",
+        num_inference_steps=config.preview.preview_steps,
+        guidance_scale=config.preview.preview_guidance_scale,
+        mixed_precision=config.mixed_precision,
+    )
+
+
 class Preview:
     """Draws the test conditions with the current weights, always from the same noise."""
 
@@ -187,13 +218,7 @@ class Preview:
         _, self.labels = read_conditions(data_dir, "test", objects)
         self.seeds = picture_seeds(config.seed, len(self.labels))
         self.noise = config.noise
-        self.sampling = SamplingConfig(
-            scheduler="ddim",
-            num_inference_steps=config.preview.preview_steps,
-            guidance_scale=config.preview.preview_guidance_scale,
-            mixed_precision=config.mixed_precision,
-        )
-        check_steps(self.noise, self.sampling)
+        self.sampling = preview_sampling(config)
         self.judge = judge
 
     def __call__(self, model: DiffusionModel, path: Path) -> dict[str, Any]:
@@ -203,6 +228,7 @@ class Preview:
         save_image(picture, path)
         values: dict[str, Any] = {"preview": picture}
         if self.judge is not None:
+            values["judge"] = self.judge.name
             values["preview_accuracy"] = evaluate(self.judge, images, self.labels).accuracy
         return values
 
@@ -214,9 +240,16 @@ class Metrics:
         self.path = path
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if self._step(line) <= step]
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    @staticmethod
+    def _step(line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except ValueError:  # a line cut short by a kill or a full disk
+            return math.inf
 
     def write(self, record: dict[str, Any]) -> None:
         try:
@@ -257,10 +290,11 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     device = pick_device(config.device)
     dtype = autocast_dtype(config.mixed_precision, device)
     paths = find_data(config.data)
+    check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
     loader = get_dataloader(
         paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
         config.model.image_size, config.seed, config.horizontal_flip,
-        pin_memory=device.type == "cuda",
+        cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
     )  # fmt: skip
     objects = loader.dataset.objects
     if len(objects) != config.model.num_classes:
@@ -273,10 +307,20 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     total_steps = min(config.epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
     state = build_state(config, total_steps, device)
     if resumed_from:
-        state.load(load_checkpoint(resumed_from, device), resumed_from)
-        if state.step >= total_steps:
+        checkpoint = load_checkpoint(resumed_from, device)
+        if (checkpoint.objects, checkpoint.training.get("data")) != (
+            objects,
+            data_key(loader.dataset),
+        ):
             raise UserError(
-                f"{resumed_from}: all {state.step} steps are done; raise --epochs to go on"
+                f"{resumed_from}: was trained on other pictures than {paths.data_dir} holds now; "
+                "name its --data_dir or start another --run_name"
+            )
+        state.load(checkpoint, resumed_from)
+        if state.step >= total_steps:
+            limit = "--max_train_steps" if total_steps == config.max_train_steps else "--epochs"
+            raise UserError(
+                f"{resumed_from}: all {state.step} steps are done; raise {limit} to go on"
             )
     preview = Preview(config, paths.data_dir, objects, judge)
 
@@ -290,7 +334,18 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     print(f"run: {run_dir}, {device}, {dtype or torch.float32}, step {state.step} of {total_steps}")
     tracker = Tracker(config.wandb, config.wandb_project, config.run_name, run_dir, to_dict(config))
 
+    def mean_loss() -> float:
+        value = torch.stack(losses).mean().item()  # waits for the device
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss became {value} before step {state.step}; lower --lr; "
+                f"last checkpoint: {saved}"
+            )
+        return value
+
     def save() -> Path:
+        if losses:
+            mean_loss()  # never save what has diverged
         path = (
             run_dir / "checkpoints" / f"model_epoch_{math.ceil(state.step / steps_per_epoch)}.pth"
         )
@@ -303,19 +358,21 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 state.ema.state_dict() if state.ema else None,
                 state.step // steps_per_epoch,
                 state.step,
-                state.training_state(),
-            ),  # fmt: skip
+                state.training_state() | {"data": data_key(loader.dataset)},
+            ),
         )
         return path
 
     def log(values: dict[str, Any]) -> None:
         tracker.log(values, state.step)
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
         metrics.write({"step": state.step, "epoch": state.step / steps_per_epoch} | numbers)
 
     scheduler = make_scheduler(config.noise)
     shown: dict[str, str] = {}
-    saved = resumed_from
+    saved, saved_step = resumed_from, state.step
+    losses: list[Tensor] = []
+    since = time.perf_counter()
     with (
         StopSignal() as stop,
         tqdm(total=total_steps, initial=state.step, desc="train", unit="step") as bar,
@@ -324,7 +381,6 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             epoch, batch = divmod(state.step, steps_per_epoch)
             loader.batch_sampler.set_position(epoch, batch)
             state.model.train()
-            since, losses = time.perf_counter(), []
             for x_0, labels in loader:
                 x_0 = x_0.to(device, memory_format=torch.channels_last, non_blocking=True)
                 labels = labels.to(device, non_blocking=True)
@@ -333,11 +389,11 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 losses.append(loss)
                 bar.update()
                 if state.step % config.log_interval == 0 or state.step == total_steps:
-                    mean_loss = torch.stack(losses).mean().item()  # waits for the device
+                    loss = mean_loss()
                     images_per_s = len(losses) * len(x_0) / (time.perf_counter() - since)
-                    log({"loss": mean_loss, "lr": lr, "grad_norm": grad_norm.item(),
+                    log({"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
                          "images_per_s": images_per_s})  # fmt: skip
-                    shown |= {"loss": f"{mean_loss:.4f}", "lr": f"{lr:.1e}",
+                    shown |= {"loss": f"{loss:.4f}", "lr": f"{lr:.1e}",
                               "img/s": f"{images_per_s:.0f}"}  # fmt: skip
                     bar.set_postfix(shown)
                     since, losses = time.perf_counter(), []
@@ -346,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             done = state.step == total_steps
             epoch = math.ceil(state.step / steps_per_epoch)
             if stop.number is not None or done or epoch % config.save_interval == 0:
-                saved = save()
+                saved, saved_step = save(), state.step
             if stop.number is None and (done or epoch % config.sample_interval == 0):
                 values = preview(
                     state.ema or state.model, run_dir / "samples" / f"epoch_{epoch}.png"
@@ -354,6 +410,9 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 log(values)
                 if "preview_accuracy" in values:
                     shown["preview"] = f"{values['preview_accuracy']:.3f}"
+                since = time.perf_counter()
+        if state.step != saved_step:  # stopped while a preview was drawn
+            saved = save()
     tracker.finish()
     if stop.number is not None and state.step < total_steps:
         print(f"stopped at step {state.step}, saved {saved}; go on with the same command and "

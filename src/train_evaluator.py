@@ -10,12 +10,12 @@ pixels.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -25,7 +25,6 @@ from config import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    Precision,
     Seed,
     Settings,
     UserError,
@@ -52,8 +51,8 @@ class EvaluatorConfig(Settings):
     """AdamW's decoupled weight decay."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the sequences kept out of training, for the figures."""
-    name: str = "stand-in"
-    """What the judge is called in outputs."""
+    name: str | None = None
+    """What the judge is called in outputs (default: after its pictures)."""
     out: Path | None = None
     """File to write (default: evaluator.pth in the data folder)."""
     overwrite: bool = False
@@ -62,7 +61,7 @@ class EvaluatorConfig(Settings):
     """Seed of weights, order and disturbances."""
     device: str | None = None
     """cuda, cpu ... (default: the best there is)."""
-    mixed_precision: Precision = "auto"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """auto: bf16 where the device computes in it, else no."""
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -116,9 +115,11 @@ def main(argv: list[str] | None = None) -> dict:
     out = config.out or paths.data_dir / "evaluator.pth"
     if out.exists() and not config.overwrite:
         raise UserError(f"{out}: is there already; --overwrite replaces it, --out names another")
+    rendered = (paths.data_dir / "render.json").exists()
+    name = config.name or ("stand-in" if rendered else f"trained on {paths.data_dir.name}")
     device = pick_device(config.device)
     dtype = autocast_dtype(config.mixed_precision, device)
-    dataset = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE)
+    dataset = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir)
     train, held_out = split_by_sequence(dataset.names, config.held_out)
     if not train:
         raise UserError(f"{paths.data_dir / 'train.json'}: too few sequences to hold one out")
@@ -128,6 +129,7 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
     model = build_evaluator(labels.shape[1]).to(device, memory_format=torch.channels_last)
+    sigmoid, model.fc[1] = model.fc[1], nn.Identity()  # the loss takes logits
     batch_size = min(config.batch_size, len(train))
     steps = config.epochs * (len(train) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> dict:
             for index in order[: len(order) // batch_size * batch_size].split(batch_size):
                 x = disturb(normalize(images[index]), generator)
                 with autocast(device, dtype):
-                    logits = model.fc[0](_features(model, x))
+                    logits = model(x)
                 loss = F.binary_cross_entropy_with_logits(logits.float(), labels[index])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -149,7 +151,8 @@ def main(argv: list[str] | None = None) -> dict:
                 if bar.n % 20 == 0:
                     bar.set_postfix(loss=f"{loss.item():.4f}")
 
-    judge = Evaluator(model.eval(), config.name, out)
+    model.fc[1] = sigmoid
+    judge = Evaluator(model.eval(), name, out)
     result = evaluate(
         judge,
         normalize(torch.from_numpy(dataset.images[held_out])),
@@ -164,15 +167,9 @@ def main(argv: list[str] | None = None) -> dict:
         "seed": config.seed,
     }
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
-    save_tensors(out, {"model": weights, "name": config.name, "info": info})
+    save_tensors(out, {"model": weights, "name": name, "info": info})
     print(f"{out}: accuracy {accuracy} on {len(held_out)} held-out pictures")
     return info
-
-
-def _features(model: torch.nn.Module, x: Tensor) -> Tensor:
-    """The ResNet without its last layers: (N, 3, H, W) -> (N, 512)."""
-    x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
-    return model.avgpool(model.layer4(model.layer3(model.layer2(model.layer1(x))))).flatten(1)
 
 
 if __name__ == "__main__":

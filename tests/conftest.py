@@ -18,7 +18,7 @@ SMALL_NETWORK = [
     "--down_block_types", "DownBlock2D", "AttnDownBlock2D",
     "--up_block_types", "AttnUpBlock2D", "UpBlock2D",
     "--layers_per_block", "1", "--norm_num_groups", "8", "--num_train_timesteps", "20",
-    "--preview_steps", "4",
+    "--preview_steps", "5",
 ]  # fmt: skip
 
 

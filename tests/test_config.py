@@ -10,7 +10,15 @@ import torch
 from conftest import SRC
 from scipy import stats
 
-from config import ModelConfig, TrainConfig, UserError, from_dict, parse_args, to_dict
+from config import (
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    _first_paragraph,
+    from_dict,
+    parse_args,
+    to_dict,
+)
 from device import autocast_dtype, pick_device
 from files import atomic_write, read_json, write_json
 from intervals import accuracy_interval, mean_interval, proportion_interval
@@ -146,8 +154,15 @@ def test_t_interval_covers_as_often_as_it_says():
     values = [0.8, 0.9, 0.85]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert mean_interval(values).low == pytest.approx(low)
-    assert accuracy_interval([8, 9], 10) == mean_interval([0.8, 0.9])
+    assert accuracy_interval([50, 51], 100) == mean_interval([0.50, 0.51])
     assert accuracy_interval([8], 10) == proportion_interval(8, 10)
+    # Draws that happen to be equal are no proof of certainty; nothing leaves [0, 1].
+    assert accuracy_interval([8, 8], 10) == proportion_interval(16, 20)
+    assert accuracy_interval([10, 9], 10).high == 1.0
+
+
+def test_error_box_without_box_characters():
+    assert _first_paragraph("Error parsing --epochs:\n x") == "Error parsing --epochs: x"
 
 
 def test_devices():

@@ -11,6 +11,7 @@ from conftest import LinearModel
 from config import ModelConfig, SamplingConfig, SchedulerConfig, UserError
 from diffusion import (
     check_steps,
+    derive_seed,
     drop_labels,
     guided_noise,
     make_scheduler,
@@ -64,14 +65,16 @@ def test_labels_are_dropped_one_by_one():
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("gamma", [None, 5.0])
-def test_loss_equals_the_equations(kind, gamma):
+@pytest.mark.parametrize(("gamma", "power"), [(None, 1.0), (5.0, 1.0), (None, 4.0)])
+def test_loss_equals_the_equations(kind, gamma, power):
     scheduler = make_scheduler(replace(NOISE, prediction_type=kind))
     model, x_0, y = LinearModel(), torch.rand(6, 3, 8, 8) * 2 - 1, labels_of(0, 1, 2, 3, 4, 5)
-    loss = training_loss(model, scheduler, x_0, y, 0.5, gamma, torch.Generator().manual_seed(7))
+    loss = training_loss(
+        model, scheduler, x_0, y, 0.5, gamma, power, torch.Generator().manual_seed(7)
+    )
     # The same random numbers, in the order in which they are drawn.
     g = torch.Generator().manual_seed(7)
-    t = torch.randint(20, (6,), generator=g)
+    t = (20 * torch.rand(6, dtype=torch.float64, generator=g) ** (1 / power)).long()
     eps = torch.randn(x_0.shape, generator=g)
     kept = y * (torch.rand(6, 1, generator=g) >= 0.5)
     alpha_bar = torch.cumprod(1 - scheduler.betas, 0)[t]
@@ -187,8 +190,7 @@ def network():
     return DiffusionModel(config).eval()
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
-@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize(("name", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5)])
 def test_a_picture_does_not_depend_on_the_batch(network, name, eta):
     noise = replace(NOISE, prediction_type="v_prediction")
     y, seeds = labels_of(*range(7)), picture_seeds(0, 7)
@@ -222,6 +224,10 @@ def test_intermediates_go_from_noise_to_picture(network):
     assert kept.shape == (6, 2, 3, 16, 16)
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(4)).clamp(-1, 1)
     assert torch.equal(kept[0, 1:], noise) and torch.equal(kept[-1], images)
+    _, repeated = sample(
+        network, NOISE, labels_of(0), [3], replace(config, num_inference_steps=5), 9, progress=False
+    )
+    assert repeated.shape[0] == 9 and torch.equal(repeated[1], repeated[2])
     _, none = sample(network, NOISE, labels_of(0), [3], config, progress=False)
     assert none.shape[0] == 0
 
@@ -246,24 +252,68 @@ def test_sampling_undoes_the_scaling():
         torch.testing.assert_close(kept[0], (noise / 8 - 0.1).clamp(-1, 1))
 
 
-def test_step_counts_that_miss_the_start_are_refused():
-    noise = SchedulerConfig()
-    assert check_steps(noise, SamplingConfig()) == 500
-    assert check_steps(noise, SamplingConfig(scheduler="ddim")) == 50
-    assert (
-        check_steps(replace(noise, num_train_timesteps=20), SamplingConfig(scheduler="ddim")) == 20
-    )
-    with pytest.raises(UserError, match="501: the network knows 500"):
-        check_steps(noise, SamplingConfig(num_inference_steps=501))
-    with pytest.raises(UserError, match="300: does not divide .* 250"):
-        check_steps(noise, SamplingConfig(num_inference_steps=300))
-    trailing = replace(noise, timestep_spacing="trailing")
-    assert check_steps(trailing, SamplingConfig(num_inference_steps=300)) == 300
-    with pytest.raises(UserError, match="30: does not divide"):
-        check_steps(trailing, SamplingConfig(scheduler="ddim", num_inference_steps=30))
+@pytest.mark.parametrize(
+    ("total", "spacing", "name", "steps", "expected"),
+    [
+        (500, "leading", "ddpm", None, 500),
+        (500, "leading", "ddim", None, 50),
+        (20, "leading", "ddim", None, 20),
+        (509, "leading", "ddim", None, 509),  # a prime: no other number divides it
+        (500, "trailing", "ddpm", 300, 300),
+        (500, "trailing", "ddim", 1, 1),
+        (500, "leading", "ddpm", 501, "501: the network knows 500"),
+        (500, "leading", "ddpm", 300, "300: does not divide .* 250"),
+        (500, "trailing", "ddim", 30, "30: does not divide"),
+        (500, "leading", "ddim", 2, "2: too few: sampling would begin at t = 250"),
+    ],
+)
+def test_step_counts_that_miss_the_start_are_refused(total, spacing, name, steps, expected):
+    noise = SchedulerConfig(num_train_timesteps=total, timestep_spacing=spacing)
+    config = SamplingConfig(scheduler=name, num_inference_steps=steps)
+    if isinstance(expected, int):
+        assert check_steps(noise, config) == expected
+        scheduler = make_scheduler(noise, name)
+        scheduler.set_timesteps(expected)
+        assert len(scheduler.timesteps) == expected
+        assert scheduler.timesteps[0] >= 0.95 * (total - 1)
+    else:
+        with pytest.raises(UserError, match=expected):
+            check_steps(noise, config)
+
+
+def test_eta_needs_ddim():
+    with pytest.raises(UserError, match="--eta 0.5: only --scheduler ddim"):
+        check_steps(NOISE, SamplingConfig(eta=0.5))
+
+
+def test_diverged_network_is_refused():
+    model = LinearModel()
+    model.a.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="diverged"):
+        sample(model, NOISE, labels_of(0), [0], FLOAT, progress=False)
+
+
+def test_timestep_power_favours_noisy_steps():
+    """t / T has the distribution function x^power: its median is 2^(-1 / power)."""
+    seen = []
+
+    class Records(LinearModel):
+        def forward(self, x_t, t, labels):
+            seen.append(t)
+            return super().forward(x_t, t, labels)
+
+    scheduler = make_scheduler(SchedulerConfig())
+    for power in (1.0, 4.0):
+        training_loss(
+            Records(), scheduler, torch.zeros(20000, 1, 1, 1).expand(-1, 3, 1, 1),
+            torch.zeros(20000, 24), timestep_power=power,
+        )  # fmt: skip
+        assert seen[-1].float().median() / 500 == pytest.approx(0.5 ** (1 / power), abs=0.02)
+        assert seen[-1].min() >= 0 and seen[-1].max() == 499
 
 
 def test_seeds_are_distinct():
-    seeds = [s for seed in range(20) for s in picture_seeds(seed, 64)]
+    seeds = [s for seed in range(1000) for s in picture_seeds(seed, 64)]
+    seeds += [derive_seed(0, 1, step) for step in range(1000)]
     assert len(set(seeds)) == len(seeds)
     assert picture_seeds(3, 8) == picture_seeds(3, 64)[:8]

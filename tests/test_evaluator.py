@@ -111,6 +111,7 @@ def test_contract_of_the_network():
         ({"weights": 1}, "no entry 'model'"),
         ([1, 2], "holds a list"),
         ({"model": {"conv1.weight": torch.zeros(1)}}, "ResNet18 with 24 scores"),
+        ({"model": {1: 2}}, "ResNet18 with 24 scores"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, content, words):
@@ -169,7 +170,7 @@ def test_training_learns_and_writes_the_courses_format(tmp_path, monkeypatch, ca
     info = train_evaluator.main([*argv, "--device", "cpu"])
     assert info["held_out_pictures"] == 12 and info["held_out_accuracy"] >= 0.9
     judge = load_evaluator(folder / "evaluator.pth")
-    assert judge.name == "stand-in"
+    assert judge.name == "trained on data"  # "stand-in" where render.json lies
     images = torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, 1.0)])
     assert evaluate(judge, images, torch.eye(24)[:2]).accuracy == 1
     assert "is there already" in error_of(train_evaluator.main, argv)

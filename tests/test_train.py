@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_NETWORK, error_of
@@ -17,7 +20,7 @@ import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import SamplingConfig, TrainConfig
 from diffusion import picture_seeds, sample
-from evaluator import evaluate, load_evaluator
+from evaluator import build_evaluator, evaluate, load_evaluator
 from guidance_scale import indistinguishable, summarise, verdict
 from train import update_ema
 
@@ -67,7 +70,7 @@ def test_preview_is_sampled_and_scored_by_the_one_function(trained):
     labels = torch.stack(
         list(test.open_bench(path, test.DataConfig(data_dir=data), "cpu").labels["test"])
     )
-    sampling = SamplingConfig(scheduler="ddim", num_inference_steps=4, guidance_scale=3.0)
+    sampling = SamplingConfig(scheduler="ddim", num_inference_steps=5, guidance_scale=3.0)
     model = load_model(checkpoint, path, torch.device("cpu"))
     images, _ = sample(
         model, checkpoint.config.noise, labels, picture_seeds(0, 4), sampling, progress=False
@@ -89,9 +92,6 @@ def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path):
         calls.append(1)
         result = real_step(*args)
         if len(calls) == 5:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
@@ -103,7 +103,7 @@ def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path):
     assert stored.step == 5
     # What was logged after the checkpoint is gone from the metrics after resuming.
     with open(tmp_path / "b" / "r" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "loss": 99}\n')
+        file.write('{"step": 6, "loss": 99}\n{"step": 7, "lo')  # the last line cut short
     resumed = load_checkpoint(
         train.main(["--output_dir", str(tmp_path / "b"), "--run_name", "r", "--resume", "auto"])
     )
@@ -119,6 +119,55 @@ def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path):
         for x in "ab"
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+def test_stopping_during_a_preview_loses_nothing(world, tmp_path):
+    real, calls = train.Preview.__call__, []
+
+    def stopped_preview(self, *args):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args)
+
+    argv = train_argv(world, tmp_path, "--epochs", 4)
+    argv[argv.index("--sample_interval") + 1] = "1"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train.Preview, "__call__", stopped_preview)
+        train.main(argv)
+    assert stopped.value.code == 130
+    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 3
+
+
+def test_moved_run_goes_on_where_it_lies(world, tmp_path):
+    train.main(train_argv(world, tmp_path / "old", "--epochs", 1))
+    (tmp_path / "old").rename(tmp_path / "new")
+    path = train.main(["--resume", str(tmp_path / "new" / "r"), "--epochs", "2"])
+    assert path == tmp_path / "new" / "r" / "checkpoints" / "model_epoch_2.pth"
+    assert not (tmp_path / "old").exists()
+
+
+def test_resuming_on_other_pictures_is_refused(world, tmp_path):
+    train.main(train_argv(world, tmp_path, "--epochs", 1))
+    entries = json.loads((world / "train.json").read_text())
+    first = next(iter(entries))
+    entries[first] = ["yellow cylinder"] if entries[first] == ["gray cube"] else ["gray cube"]
+    (world / "train.json").write_text(json.dumps(entries))
+    message = error_of(train.main, ["--resume", tmp_path / "r", "--epochs", "2"])
+    assert "other pictures" in message
+
+
+def test_diverged_training_stops_and_saves_nothing(world, tmp_path):
+    argv = train_argv(world, tmp_path, "--epochs", 4, "--lr", 1e30, "--lr_warmup_steps", 0)
+    message = error_of(train.main, argv)
+    assert "the loss became" in message and "--lr" in message
+    assert train.latest_checkpoint(tmp_path / "r") is None
+
+
+def test_bad_preview_steps_are_named_at_once(world, tmp_path):
+    argv = [*train_argv(world, tmp_path), "--preview_steps", "7"]
+    assert error_of(train.main, argv).startswith("--preview_steps 7")
+    assert not (tmp_path / "r").exists()
 
 
 def test_seed_decides_everything(world, tmp_path):
@@ -159,7 +208,7 @@ def test_ema_update():
 
 def test_gradients_are_clipped(world, tmp_path, monkeypatch):
     """With a tiny limit, SGD's step is as long as the limit times the learning rate."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, **_: torch.optim.SGD(p, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, *_, **__: torch.optim.SGD(p, lr))
     moves = []
     real_step = train.train_step
 
@@ -170,7 +219,7 @@ def test_gradients_are_clipped(world, tmp_path, monkeypatch):
         move = sum(
             (p - q).square().sum() for p, q in zip(state.model.parameters(), before, strict=True)
         )
-        moves.append((float(move.sqrt()), lr))
+        moves.append((move.sqrt().item(), lr))
         return result
 
     monkeypatch.setattr(train, "train_step", measure)
@@ -188,7 +237,11 @@ def test_second_run_into_the_folder_is_refused(trained):
     assert "--resume auto" in message and "--run_name" in message
     argv = ["--output_dir", output, "--run_name", "tiny", "--resume", "auto"]
     assert "--lr 0.5" in error_of(train.main, [*argv, "--lr", "0.5"])
-    assert "all 12 steps are done" in error_of(train.main, argv)
+    assert "all 12 steps are done; raise --epochs" in error_of(train.main, argv)
+    message = error_of(train.main, [*argv, "--max_train_steps", "5"])
+    assert "all 12 steps are done; raise --max_train_steps" in message
+    earlier = output / "tiny" / "checkpoints" / "model_epoch_2.pth"
+    assert "holds later checkpoints" in error_of(train.main, ["--resume", earlier])
     assert "no checkpoint" in error_of(
         train.main, ["--output_dir", output, "--run_name", "x", "--resume", "auto"]
     )
@@ -199,12 +252,13 @@ def test_wandb_offline_files_hold_the_run(world, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("HOME", str(tmp_path))  # no login to be found
+    torch.save({"model": build_evaluator().state_dict()}, world / "evaluator.pth")
     argv = train_argv(world, tmp_path / "out", "--epochs", 1, "--sample_interval", 1)
     train.main([*argv, "--wandb", "auto"])
     (run_dir,) = (tmp_path / "out" / "r" / "wandb").glob("offline-run-*")
     (file,) = run_dir.glob("*.wandb")
     content = file.read_bytes()
-    for key in (b"loss", b"lr", b"grad_norm", b"images_per_s", b"preview"):
+    for key in (b"loss", b"lr", b"grad_norm", b"images_per_s", b"preview_accuracy"):
         assert key in content
     assert len(list((run_dir / "files" / "media" / "images").glob("preview_*.png"))) == 1
 
@@ -235,9 +289,10 @@ def test_failing_tracker_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
 
 def test_testing_needs_only_the_checkpoint(trained, tmp_path):
     data, output, path = trained
-    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--wandb", "disabled"]  # fmt: skip
     report = test.main([str(a) for a in argv])
-    folder = tmp_path / "tiny"
+    folder = tmp_path / "tiny" / "ddpm20-guidance3"
     for split in ("test", "new_test"):
         assert {p.name for p in (folder / "images" / split).iterdir()} == {
             f"{i}.png" for i in range(4)
@@ -264,7 +319,8 @@ def test_testing_needs_only_the_checkpoint(trained, tmp_path):
 def test_several_seeds_give_mean_and_interval(trained, tmp_path):
     data, _, path = trained
     argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
-            "--scheduler", "ddim", "--num_inference_steps", 4, "--num_seeds", 3]  # fmt: skip
+            "--scheduler", "ddim", "--num_inference_steps", 5, "--num_seeds", 3,
+            "--wandb", "disabled"]  # fmt: skip
     report = test.main([str(a) for a in argv])
     total = report["objects"]["test"]
     mean = sum(c / total for c in report["correct"]["test"]) / 3
@@ -310,7 +366,7 @@ def sweep_argv(trained, tmp_path):
     data, _, path = trained
     return [str(a) for a in [
         "--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
-        "--num_inference_steps", 4, "--scale_max", 3, "--scale_step", 1, "--num_seeds", 2,
+        "--num_inference_steps", 5, "--scale_max", 3, "--scale_step", 1, "--num_seeds", 2,
         "--wandb", "disabled",
     ]]  # fmt: skip
 
@@ -328,7 +384,14 @@ def test_sweep_writes_table_chart_and_json(sweep_argv, tmp_path):
     assert json.loads((folder / "sweep.json").read_text())["best"] == report["best"]
     # One scale is what the test script says for the same seeds.
     argv = sweep_argv[: sweep_argv.index("--scale_max")]
-    tested = test.main([*argv, "--scheduler", "ddim", "--guidance_scale", "2", "--num_seeds", "2"])
+    tested = test.main(
+        [*argv, "--scheduler", "ddim", "--guidance_scale", "2", "--num_seeds", "2",
+         "--wandb", "disabled"]
+    )  # fmt: skip
+    # Beside each other with another way of sampling.
+    test.main([*argv[:-2], "--scheduler", "ddpm", "--wandb", "disabled"])
+    table = (tmp_path / "tiny" / "accuracies.md").read_text()
+    assert "ddim5-guidance2" in table and "ddpm20-guidance3" in table
     assert tested["accuracy"]["test"] == report["rows"][1]["test"]
 
 
@@ -348,7 +411,7 @@ def test_sweep_goes_on_where_it_was_interrupted(sweep_argv, tmp_path, monkeypatc
         guidance_scale.main(sweep_argv)
     (folder,) = (tmp_path / "tiny" / "guidance_scale").iterdir()
     with open(folder / "draws.jsonl", "a") as file:
-        file.write('{"scale": 3.0, "se')  # a line cut short
+        file.write('\n{"scale": 3.0, "se')  # a line cut short
 
     def count(bench, sampling, seed, **kw):
         drawn.append((sampling.guidance_scale, seed))
@@ -359,8 +422,18 @@ def test_sweep_goes_on_where_it_was_interrupted(sweep_argv, tmp_path, monkeypatc
     assert len(drawn) == len(set(drawn)) == 6
     assert resumed["rows"] == whole["rows"]
     # Other settings do not pick up these draws.
-    guidance_scale.main([*sweep_argv, "--num_inference_steps", "5"])
+    guidance_scale.main([*sweep_argv, "--num_inference_steps", "10"])
     assert len(drawn) == 12
+
+
+def test_sweep_logs_to_wandb(sweep_argv, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    guidance_scale.main([*sweep_argv, "--num_seeds", "1", "--wandb", "offline"])
+    (run_dir,) = tmp_path.glob("tiny/guidance_scale/*/wandb/offline-run-*")
+    media = run_dir / "files" / "media"
+    (table,) = (media / "table").glob("guidance_sweep_*.json")
+    assert len(json.loads(table.read_text())["data"]) == 3
+    assert len(list((media / "images").glob("guidance_chart_*.png"))) == 1
 
 
 def test_scale_ranges():
@@ -383,21 +456,34 @@ def test_scale_ranges():
 
 
 def test_best_scale_and_its_equals():
-    """Scale 3 beats 1 for every seed; 2 differs from 3 by noise only."""
-    totals = {"test": 100, "new_test": 100}
-    correct = {1.0: (50, 52, 51, 50), 2.0: (79, 82, 78, 83), 3.0: (81, 80, 80, 82)}
-    draws = {
-        (scale, seed): {"test": values[seed], "new_test": values[seed]}
-        for scale, values in correct.items()
-        for seed in range(4)
-    }
-    summary = summarise(draws, [1.0, 2.0, 3.0], [0, 1, 2, 3], totals)
-    assert summary["best"] == 3.0 and summary["not_distinguishable_from_best"] == [2.0]
-    assert "not distinguishable from it (paired t over 4 seeds): 2" in verdict(summary, 4)
-    assert indistinguishable({1.0: [0.1, 0.2], 2.0: [0.5, 0.6]}, 2.0) == []
-    one = summarise(draws, [1.0, 2.0, 3.0], [0], totals)
-    assert one["best"] == 3.0 and one["not_distinguishable_from_best"] == [2.0]
-    assert one["rows"][0]["mean"]["mean"] == 0.5 and one["rows"][0]["mean"]["low"] > 0.42
+    """Scale 3 beats 1 on most pictures; 2 differs from 3 by noise only."""
+    rng = np.random.default_rng(0)
+    totals = {"test": 72, "new_test": 84}
+    asked = {"test": [1] * 6 + [2] * 12 + [3] * 14, "new_test": [2] * 12 + [3] * 20}
+    rates = {1.0: 0.5, 2.0: 0.8, 3.0: 0.8}
+    for seeds in ([0], [0, 1, 2, 3]):
+        draws = {
+            (scale, seed): {s: rng.binomial(asked[s], rate).tolist() for s in totals}
+            for scale, rate in rates.items()
+            for seed in seeds
+        }
+        summary = summarise(draws, [1.0, 2.0, 3.0], seeds, totals)
+        assert {summary["best"], *summary["not_distinguishable_from_best"]} == {2.0, 3.0}
+        assert f"over all pictures): {summary['not_distinguishable_from_best'][0]:g}" in verdict(
+            summary
+        )
+        for row in summary["rows"]:
+            mean = np.mean(
+                [
+                    sum(draws[row["guidance_scale"], seed][s]) / totals[s]
+                    for s in totals
+                    for seed in seeds
+                ]
+            )
+            assert row["mean"]["mean"] == pytest.approx(mean)
+            assert row["mean"]["low"] < mean < row["mean"]["high"]
+    shares = {1.0: np.array([0.5, 0.4, 0.5, 0.6]), 2.0: np.array([0.9, 1.0, 0.9, 0.8])}
+    assert indistinguishable(shares, 2.0) == []
 
 
 def test_demo_stages_are_commands_that_parse():
