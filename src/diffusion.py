@@ -79,7 +79,7 @@ def training_loss(
     """
     random = dict(device=x_0.device, generator=generator)
     total = scheduler.config.num_train_timesteps
-    u = torch.rand(len(x_0), dtype=torch.float64, **random)
+    u = torch.rand(len(x_0), **random)
     t = (total * u ** (1 / timestep_power)).long().clamp(max=total - 1)
     eps = torch.randn(x_0.shape, **random)
     x_t = scheduler.add_noise(x_0, eps, t)
