@@ -42,7 +42,7 @@ FULL = {
     "evaluator": "--epochs 7",
     "steps": 2800,
     "seeds": 4,
-    "sweep": "--scale_min 1 --scale_max 9 --scale_step 2 --num_seeds 2",
+    "sweep": "--scale_min 1 --scale_max 7 --scale_step 2 --num_seeds 4",
 }
 QUICK = {
     "sequences": 100,
@@ -51,7 +51,7 @@ QUICK = {
     "seeds": 2,
     "sweep": "--scale_min 1 --scale_max 3 --scale_step 2 --num_seeds 1",
 }
-SAMPLING = "--scheduler ddim --num_inference_steps 25 --guidance_scale 3"
+SAMPLING = "--scheduler ddim --num_inference_steps 20 --guidance_scale 5"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from device import autocast_dtype
 from diffusion import check_steps
 from evaluator import git_blob_hash
 from files import atomic_write, write_json
-from intervals import accuracy_interval, mean_interval
+from intervals import accuracy_interval, clip, mean_interval
 from scoring import Bench, draw_splits, open_bench
 from tracking import Tracker
 
@@ -177,7 +177,8 @@ def summarise(
             correct = [sum(draws[scale, seed][split]) for seed in seeds]
             row[split] = vars(accuracy_interval(correct, totals[split]))
         per_seed = shares[scale].reshape(len(seeds), -1)
-        row["mean"] = vars(mean_interval(per_seed.mean(1) if len(seeds) > 1 else per_seed[0]))
+        interval = mean_interval(per_seed.mean(axis=1) if len(seeds) > 1 else per_seed[0])
+        row["mean"] = vars(clip(interval))
         rows.append(row)
     best = max(scales, key=lambda scale: float(shares[scale].mean()))
     return {

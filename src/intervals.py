@@ -41,5 +41,9 @@ def accuracy_interval(correct: Sequence[int], total: int) -> Interval:
     """
     if len(set(correct)) == 1:
         return proportion_interval(sum(correct), total * len(correct))
-    interval = mean_interval([c / total for c in correct])
+    return clip(mean_interval([c / total for c in correct]))
+
+
+def clip(interval: Interval) -> Interval:
+    """The interval of a share, which can't leave [0, 1]."""
     return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))

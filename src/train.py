@@ -279,6 +279,7 @@ class StopSignal:
         if self.number is not None:
             sys.exit(128 + number)
         self.number = number
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:

@@ -492,4 +492,4 @@ def test_demo_stages_are_commands_that_parse():
         train.DiffusionModel(config.model)
         flags = f"--ckpt_path x {demo.SAMPLING} {size['sweep']}"
         sweep = guidance_scale.parse_args(guidance_scale.SweepConfig, flags.split())
-        assert test.check_steps(config.noise, sweep.sampling) == 25
+        assert test.check_steps(config.noise, sweep.sampling) == 20
