@@ -125,6 +125,9 @@ def test_atomic_write_leaves_the_old_file_on_failure(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert read_json(path) == 1 and os.listdir(tmp_path) == ["a.json"]
+    with open(path) as reader:  # whoever reads the old file keeps it whole
+        write_json(path, 2)
+        assert reader.read() == "1\n" and read_json(path) == 2
 
 
 def test_unwritable_folder_is_named(tmp_path):

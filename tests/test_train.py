@@ -422,7 +422,9 @@ def test_sweep_goes_on_where_it_was_interrupted(sweep_argv, tmp_path, monkeypatc
     assert len(drawn) == len(set(drawn)) == 6
     assert resumed["rows"] == whole["rows"]
     # Other settings do not pick up these draws.
-    guidance_scale.main([*sweep_argv, "--num_inference_steps", "10"])
+    guidance_scale.main([*sweep_argv, "--eta", "0.5"])
+    assert len(drawn) == 12
+    guidance_scale.main([*sweep_argv, "--batch_size", "3"])  # does not change a picture
     assert len(drawn) == 12
 
 
