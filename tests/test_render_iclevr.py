@@ -189,7 +189,14 @@ def test_sequences_can_be_added_and_left_out(rendered: Path, tmp_path: Path):
 
 def start(folder: Path, sequences: int) -> subprocess.Popen:
     command = [sys.executable, render_iclevr.__file__, *flags(folder, sequences)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background job inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for_pictures(folder: Path, process: subprocess.Popen, count: int) -> None:
