@@ -123,7 +123,7 @@ def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") ->
             f"{path}: damaged, or would run code when read, which is refused; {remedy}"
         ) from None
     except Exception as error:  # whatever the reader makes of a damaged file
-        why = " ".join(str(error).split())[:100]
+        why = " ".join(str(error).split())[:100] or type(error).__name__
         raise UserError(f"{path}: damaged or not a checkpoint ({why}); {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict; {remedy}")

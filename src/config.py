@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """The network; defaults as in the original report (113.7 M parameters)."""
+    """The network; defaults as in the original report (113.9 M parameters)."""
 
     image_size: Annotated[int, Field(ge=8, le=1024)] = 64
     """Side of the square pictures in pixels."""
@@ -114,8 +114,8 @@ class DataConfig(Settings):
 
 
 @dataclass(frozen=True)
-class SamplingConfig(Settings):
-    """How pictures are drawn."""
+class SamplerConfig(Settings):
+    """How pictures are drawn, but for the guidance scale."""
 
     scheduler: SchedulerName = "ddpm"
     """ddpm (Ho et al. 2020) or ddim (Song et al. 2021)."""
@@ -123,12 +123,18 @@ class SamplingConfig(Settings):
     """Denoising steps (default: all trained timesteps for ddpm, 50 for ddim)."""
     eta: Probability = 0.0
     """Noise of a ddim step: 0 is deterministic, 1 as much as ddpm."""
-    guidance_scale: Annotated[float, Field(ge=-100, le=100)] = 3.0
-    """Classifier-free guidance w in eps_uncond + w (eps_cond - eps_uncond); 1 is none."""
     batch_size: PositiveInt = 64
     """Pictures drawn at a time; the pictures do not depend on it."""
     mixed_precision: Precision = "auto"
     """auto: bf16 where the device computes in it, else no (float32)."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig(SamplerConfig):
+    """How pictures are drawn."""
+
+    guidance_scale: Annotated[float, Field(ge=-100, le=100)] = 3.0
+    """Classifier-free guidance w in eps_uncond + w (eps_cond - eps_uncond); 1 is none."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +275,10 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a path that no check has foreseen
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"error: {name}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -114,6 +114,10 @@ def parse_prompt(prompt: str, objects: dict[str, int]) -> list[str]:
         UserError: as `encode_labels`.
     """
     names = [" ".join(part.split()) for part in prompt.split(",")]
+    if not all(names):
+        raise UserError(
+            f"--prompt {prompt!r}: an empty name; write such as 'red sphere, cyan cube'"
+        )
     try:
         encode_labels(names, objects)
     except UserError as error:

@@ -51,7 +51,8 @@ QUICK = {
     "seeds": 2,
     "sweep": "--scale_min 1 --scale_max 3 --scale_step 2 --num_seeds 1",
 }
-SAMPLING = "--scheduler ddim --num_inference_steps 20 --guidance_scale 5"
+SAMPLER = "--scheduler ddim --num_inference_steps 20"
+SAMPLING = f"{SAMPLER} --guidance_scale 5"
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     checkpoint = train.latest_checkpoint(run_dir)
     common = f"--ckpt_path {shlex.quote(str(checkpoint))} {data_flag} --wandb offline"
-    drawn = f"--output_dir {shlex.quote(str(output / 'result'))} {SAMPLING}"
+    results = f"--output_dir {shlex.quote(str(output / 'result'))}"
     tested = result / test.folder_name(parse_args(SamplingConfig, shlex.split(SAMPLING)))
     stages.run(
         test,
-        f"{common} {drawn} --num_seeds {size['seeds']}",
+        f"{common} {results} {SAMPLING} --num_seeds {size['seeds']}",
         tested / "accuracies.json",
         [checkpoint, judge],
     )
     # Always: the sweep keeps its own draws, and makes only those that are missing.
-    stages.run(guidance_scale, f"{common} {drawn} {size['sweep']}", result / "never", [])
+    stages.run(
+        guidance_scale, f"{common} {results} {SAMPLER} {size['sweep']}", result / "never", []
+    )
 
     print("\nstage              seconds")
     for stage, seconds in stages.seconds.items():

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import SamplingConfig, SchedulerConfig, UserError
+from config import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
 from device import autocast, autocast_dtype
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
@@ -147,7 +147,7 @@ def derive_seed(seed: int, purpose: int, number: int) -> int:
 
 
 def check_steps(
-    noise: SchedulerConfig, config: SamplingConfig, flag: str = "--num_inference_steps"
+    noise: SchedulerConfig, config: SamplerConfig, flag: str = "--num_inference_steps"
 ) -> int:
     """Denoising steps of a sampling run: those asked for, if they make sense, or the default.
 

@@ -23,6 +23,7 @@ from config import (
     ROOT,
     DataConfig,
     PositiveFloat,
+    SamplerConfig,
     SamplingConfig,
     Seed,
     Settings,
@@ -36,7 +37,7 @@ from dataset import SPLITS
 from device import autocast_dtype
 from diffusion import check_steps
 from evaluator import git_blob_hash
-from files import atomic_write, write_json
+from files import atomic_write, make_folder, write_json
 from intervals import accuracy_interval, clip, mean_interval
 from scoring import Bench, draw_splits, open_bench
 from tracking import Tracker
@@ -72,7 +73,7 @@ class SweepConfig(Settings):
     """auto: online when logged in to Weights & Biases, else offline."""
     wandb_project: str = "iclevr-ddpm"
     """Project name at Weights & Biases."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(scheduler="ddim"))
+    sampling: SamplerConfig = field(default_factory=lambda: SamplerConfig(scheduler="ddim"))
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -116,16 +117,15 @@ def read_draws(path: Path) -> Draws:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+                draws[record["scale"], record["seed"]] = record["correct"]
+            except (ValueError, TypeError, KeyError):
                 continue
-            draws[record["scale"], record["seed"]] = record["correct"]
     return draws
 
 
 def append_draw(path: Path, scale: float, seed: int, correct: dict[str, list[int]]) -> None:
     """Add one line; the leading newline ends a line that a kill has cut short."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"scale": scale, "seed": seed, "correct": correct}))
     except OSError as error:
@@ -193,6 +193,8 @@ def verdict(summary: dict[str, Any]) -> str:
     equals = summary["not_distinguishable_from_best"]
     row = next(r for r in summary["rows"] if r["guidance_scale"] == summary["best"])
     text = f"best mean accuracy {row['mean']['mean']:.4f} at guidance scale {summary['best']:g}"
+    if len(summary["rows"]) == 1:
+        return f"{text}, the only one drawn"
     how = "paired t, 95%, over all pictures"
     if equals:
         return f"{text}; not distinguishable from it ({how}): {', '.join(f'{e:g}' for e in equals)}"
@@ -249,9 +251,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seeds = list(range(config.seed, config.seed + config.num_seeds))
     bench = open_bench(config.ckpt_path, config.data, config.device)
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
-    sampling = replace(config.sampling, num_inference_steps=steps)
+    sampling = SamplingConfig(**vars(replace(config.sampling, num_inference_steps=steps)))
     name = f"{sampling.scheduler}{steps}-{sweep_key(config, bench, sampling)}"
     folder = config.output_dir / bench.run_name / "guidance_scale" / name
+    make_folder(folder)
     draws = read_draws(folder / "draws.jsonl")
     todo = [(scale, seed) for scale in scales for seed in seeds if (scale, seed) not in draws]
     if len(todo) < len(scales) * len(seeds):

@@ -44,7 +44,8 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
         few = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise UserError(
             f"{image_dir}: {len(missing)} of {len(names)} pictures are missing ({few}); "
-            "put them there or name their folder with --image_dir"
+            "put them there, name their folder with --image_dir, or use a rendered stand-in "
+            "with --data_dir data/standin"
         )
     sources = hashlib.sha256()
     for name, stat in zip(names, stats, strict=True):
@@ -99,5 +100,8 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # whatever the decoder makes of a damaged file
-        raise UserError(f"{path}: not a readable picture ({error}); replace the file") from None
+        raise UserError(
+            f"{path}: not a readable picture ({error}); replace it, "
+            "or delete it and run src/render_iclevr.py again for a rendered one"
+        ) from None
     return np.asarray(resized).transpose(2, 0, 1)

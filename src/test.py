@@ -8,6 +8,8 @@ way from noise to a picture, and accuracies.json; and output/result/<run>/accura
 different ways of sampling stand side by side. Network and schedule are those in the checkpoint.
 """
 
+import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from config import (
     SamplingConfig,
     Seed,
     Settings,
+    UserError,
     WandbMode,
     parse_args,
     run,
@@ -32,7 +35,7 @@ from dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
 from diffusion import check_steps, picture_seeds, sample
 from evaluator import IMAGE_SIZE
 from figures import grid, save_image, strip
-from files import atomic_write, read_json, write_json
+from files import atomic_write, make_folder, read_json, write_json
 from intervals import accuracy_interval
 from scoring import Bench, draw_splits, open_bench
 from tracking import Tracker
@@ -82,7 +85,10 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     """Draw the scene of --prompt and say what the judge sees in it."""
     names = parse_prompt(config.prompt, bench.checkpoint.objects)
     images = draw_strip(bench, config.sampling, names, config.seed)
-    path = folder / "prompt" / f"{'_'.join(names).replace(' ', '-')}_seed{config.seed}.png"
+    name = "_".join(names).replace(" ", "-")
+    if len(name) > 150:  # file systems allow 255 bytes
+        name = f"{len(names)}-objects-{zlib.crc32(name.encode()):08x}"
+    path = folder / "prompt" / f"{name}_seed{config.seed}.png"
     save_image(images[-1], path)
     save_image(strip(images), path.with_name(f"{path.stem}_steps.png"))
     scores = bench.judge.scores(images[-1:])[0]
@@ -101,9 +107,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     sampling = replace(config.sampling, num_inference_steps=steps)
     config = replace(config, sampling=sampling)
     run_folder = config.output_dir / bench.run_name
+    make_folder(run_folder)
     if config.prompt is not None:
         return draw_prompt(bench, config, run_folder)
-    name = folder_name(sampling)
+    name = folder_name(sampling) + (f"-seed{config.seed}" if config.seed else "")
     folder = run_folder / name
     tracker = Tracker(
         config.wandb, config.wandb_project, f"{bench.run_name}-{name}", run_folder, to_dict(config)
@@ -156,19 +163,21 @@ def folder_name(sampling: SamplingConfig) -> str:
 def write_comparison(run_folder: Path) -> str:
     """accuracies.md: a line for every way of sampling that this run was tested with."""
     lines = [
-        "| sampling | epoch | seeds | judge | test [95% interval] | new_test [95% interval] |",
+        "| sampling | step | seeds | judge | test [95% interval] | new_test [95% interval] |",
         "|---|---:|---:|---|---|---|",
     ]
     for path in sorted(run_folder.glob("*/accuracies.json")):
-        report = read_json(path)
-        cells = [
-            "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**report["accuracy"][split])
-            for split in SPLITS
-        ]
-        lines.append(
-            f"| {path.parent.name} | {report['epoch']} | {report['num_seeds']} | {report['judge']} "
-            f"| {' | '.join(cells)} |"
-        )
+        try:
+            report = read_json(path)
+            cells = [
+                "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**report["accuracy"][split])
+                for split in SPLITS
+            ]
+            about = f"{report['step']} | {report['num_seeds']} | {report['judge']}"
+        except (UserError, KeyError, TypeError):
+            print(f"warning: {path} is damaged; left out of the table", file=sys.stderr)
+            continue
+        lines.append(f"| {path.parent.name} | {about} | {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
     with atomic_write(run_folder / "accuracies.md") as temporary:
         temporary.write_text(table, encoding="utf-8")

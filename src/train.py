@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ from diffusion import (
 )
 from evaluator import Evaluator, evaluate, load_evaluator
 from figures import grid, save_image
-from files import atomic_write, write_json
+from files import atomic_write, make_folder, write_json
 from model import DiffusionModel, summary, zero_init
 from tracking import Tracker
 
@@ -101,6 +102,8 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
     path = source if source.is_file() else latest_checkpoint(source)
     if path is None:
         raise UserError(f"--resume {config.resume}: no checkpoint in {source / 'checkpoints'}")
+    if path.absolute().parent.name != "checkpoints":
+        raise UserError(f"--resume {config.resume}: must lie in a run's folder, in checkpoints/")
     run_dir = path.absolute().parents[1]  # go on where the checkpoint lies
     if path.absolute() != latest_checkpoint(run_dir):
         raise UserError(
@@ -248,7 +251,7 @@ class Metrics:
     def _step(line: str) -> float:
         try:
             return json.loads(line)["step"]
-        except ValueError:  # a line cut short by a kill or a full disk
+        except (ValueError, TypeError, KeyError):  # cut short by a kill or a full disk
             return math.inf
 
     def write(self, record: dict[str, Any]) -> None:
@@ -292,6 +295,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     dtype = autocast_dtype(config.mixed_precision, device)
     paths = find_data(config.data)
     check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
+    with torch.device("meta"):
+        DiffusionModel(config.model)  # settings that don't fit together end here
     loader = get_dataloader(
         paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
         config.model.image_size, config.seed, config.horizontal_flip,
@@ -326,6 +331,14 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     preview = Preview(config, paths.data_dir, objects, judge)
 
     run_dir = config.output_dir / config.run_name
+    make_folder(run_dir)
+    lock = FileLock(run_dir / ".lock", timeout=0)  # the system lifts it when the process ends
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{run_dir}: another process is training here; choose another --run_name"
+        ) from None
     write_json(run_dir / "config.json", to_dict(config))
     metrics = Metrics(run_dir / "metrics.jsonl", state.step)
     print(f"data: {len(loader.dataset)} pictures, {paths.image_dir}")
@@ -340,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         if not math.isfinite(value):
             raise UserError(
                 f"the loss became {value} before step {state.step}; lower --lr; "
-                f"last checkpoint: {saved}"
+                f"last checkpoint: {saved or 'none'}"
             )
         return value
 
@@ -415,6 +428,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         if state.step != saved_step:  # stopped while a preview was drawn
             saved = save()
     tracker.finish()
+    lock.release()
     if stop.number is not None and state.step < total_steps:
         print(f"stopped at step {state.step}, saved {saved}; go on with the same command and "
               "--resume auto", file=sys.stderr)  # fmt: skip

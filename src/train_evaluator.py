@@ -34,6 +34,7 @@ from config import (
 from dataset import IclevrDataset, find_data, normalize
 from device import autocast, autocast_dtype, pick_device
 from evaluator import IMAGE_SIZE, Evaluator, build_evaluator, evaluate
+from files import make_folder
 from intervals import proportion_interval
 
 
@@ -122,7 +123,13 @@ def main(argv: list[str] | None = None) -> dict:
     dataset = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir)
     train, held_out = split_by_sequence(dataset.names, config.held_out)
     if not train:
-        raise UserError(f"{paths.data_dir / 'train.json'}: too few sequences to hold one out")
+        raise UserError(
+            f"--held_out {config.held_out:g}: leaves no sequence of "
+            f"{paths.data_dir / 'train.json'} to train on"
+        )
+    make_folder(out.parent)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a file with --out")
     images = torch.from_numpy(dataset.images[train]).to(device)  # (N, 3, 64, 64) uint8
     labels = dataset.labels[train].to(device)
 

@@ -44,7 +44,7 @@ def test_bad_labels_are_refused(names, words):
 
 def test_prompt():
     assert dataset.parse_prompt(" red  sphere,cyan cube", OBJECTS) == ["red sphere", "cyan cube"]
-    with pytest.raises(UserError, match="--prompt 'red sphere,': unknown object ''"):
+    with pytest.raises(UserError, match="--prompt 'red sphere,': an empty name"):
         dataset.parse_prompt("red sphere,", OBJECTS)
 
 

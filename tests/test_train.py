@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_NETWORK, error_of
+from filelock import FileLock
 from PIL import Image
 
 import demo
 import guidance_scale
 import test
 import train
+import train_evaluator
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import SamplingConfig, TrainConfig
 from diffusion import picture_seeds, sample
@@ -168,6 +170,37 @@ def test_bad_preview_steps_are_named_at_once(world, tmp_path):
     argv = [*train_argv(world, tmp_path), "--preview_steps", "7"]
     assert error_of(train.main, argv).startswith("--preview_steps 7")
     assert not (tmp_path / "r").exists()
+
+
+def test_second_process_in_the_folder_is_refused(world, tmp_path):
+    (tmp_path / "r").mkdir()
+    with FileLock(tmp_path / "r" / ".lock"):
+        message = error_of(train.main, train_argv(world, tmp_path, "--epochs", 1))
+    assert "another process" in message
+    assert os.listdir(tmp_path / "r") == [".lock"]
+    train.main(train_argv(world, tmp_path, "--epochs", 1))
+
+
+def test_unwritable_folders_are_found_before_the_work(trained, tmp_path, monkeypatch):
+    data, _, path = trained
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("diffusion.sample", None)
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path / "file" / "x"]
+    for main, more in ((test.main, []), (test.main, ["--prompt", "red cube"]),
+                       (guidance_scale.main, [])):  # fmt: skip
+        assert "can't be written to" in error_of(main, [*argv, *more])
+    argv = ["--data_dir", data, "--out", tmp_path / "file" / "x"]
+    assert "can't be written to" in error_of(train_evaluator.main, argv)
+    assert "is a folder" in error_of(
+        train_evaluator.main, ["--data_dir", data, "--out", tmp_path, "--overwrite"]
+    )
+
+
+def test_copied_checkpoint_is_not_resumed(trained, tmp_path):
+    _, _, path = trained
+    copy = tmp_path / "model_epoch_4.pth"
+    copy.write_bytes(path.read_bytes())
+    assert "must lie in a run's folder" in error_of(train.main, ["--resume", copy])
 
 
 def test_seed_decides_everything(world, tmp_path):
@@ -492,6 +525,6 @@ def test_demo_stages_are_commands_that_parse():
     for size in (demo.QUICK, demo.FULL):
         config = train.parse_args(TrainConfig, demo.RECIPE.split())
         train.DiffusionModel(config.model)
-        flags = f"--ckpt_path x {demo.SAMPLING} {size['sweep']}"
+        flags = f"--ckpt_path x {demo.SAMPLER} {size['sweep']}"
         sweep = guidance_scale.parse_args(guidance_scale.SweepConfig, flags.split())
         assert test.check_steps(config.noise, sweep.sampling) == 20
