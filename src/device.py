@@ -21,6 +21,7 @@ def pick_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+    # What torch raises for an unknown name, a build without CUDA, and a backend that is not there.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"--device {name}: {why}; leave it out for the best there is") from None
