@@ -110,7 +110,8 @@ class DataConfig(Settings):
     cache_dir: Path | None = None
     """Folder of the decoded pictures (default: .cache/ in the data folder)."""
     evaluator: Path | None = None
-    """Weights of the judge (default: checkpoint.pth in the data folder, else evaluator.pth)."""
+    """Weights of the judge (default: checkpoint.pth in the data folder, else evaluator.pth
+    there, else the stand-in's, which comes with the repository)."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class SamplerConfig(Settings):
     """Noise of a ddim step: 0 is deterministic, 1 as much as ddpm."""
     batch_size: PositiveInt = 64
     """Pictures drawn at a time; the pictures do not depend on it."""
+    classifier_guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Follow the gradient of the --evaluator too, this strongly; such figures are marked."""
     mixed_precision: Precision = "auto"
     """auto: bf16 where the device computes in it, else no (float32)."""
 
@@ -145,6 +148,8 @@ class PreviewConfig(Settings):
     """Denoising steps of a preview."""
     preview_guidance_scale: Annotated[float, Field(ge=-100, le=100)] = 3.0
     """Guidance scale of a preview."""
+    preview_fd_samples: Annotated[int, Field(ge=0, le=10**6)] = 0
+    """Pictures drawn for a preview's Frechet distance, such as 2048; 0: none, for its cost."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from image_cache import load_images
 
 Mode = Literal["train", "test", "new_test"]
 SPLITS = ("test", "new_test")
+SHIPPED_EVALUATOR = ROOT / "data" / "standin" / "evaluator.pth"
+"""The judge that comes with the repository, trained on the stand-in."""
 HOW_TO_GET_DATA = (
     "put the course's objects.json, train.json, test.json, new_test.json and iclevr/ there, "
     "or render a stand-in with: python src/render_iclevr.py"
@@ -50,7 +52,7 @@ def find_data(config: DataConfig) -> DataPaths:
         data_dir = found[0]
     evaluator = config.evaluator
     if evaluator is None:
-        weights = [data_dir / "checkpoint.pth", data_dir / "evaluator.pth"]
+        weights = [data_dir / "checkpoint.pth", data_dir / "evaluator.pth", SHIPPED_EVALUATOR]
         evaluator = next((path for path in weights if path.exists()), None)
     return DataPaths(
         data_dir,

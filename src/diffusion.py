@@ -5,6 +5,7 @@ eps the noise, alphas_cumprod (alpha-bar) the share of signal left. Timesteps ru
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from config import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
 from device import autocast, autocast_dtype
+from evaluator import Evaluator
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 
@@ -136,13 +138,56 @@ def guided_noise(
     return uncond + guidance_scale * (cond - uncond)
 
 
-def picture_seeds(seed: int, count: int) -> list[int]:
-    """One seed for every picture of a set; sets with other `seed`s share none of them."""
-    return [derive_seed(seed, 0, i) for i in range(count)]
+def judge_guidance(
+    prediction: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    labels: Tensor,
+    scheduler: Any,
+    noise: SchedulerConfig,
+    guide: Evaluator,
+    classifier_guidance_scale: float,
+) -> Tensor:
+    """Follow the judge's gradient: eps - s alpha_t sigma_t grad log p(labels | x_0_hat).
+
+    Classifier guidance (Dhariwal & Nichol 2021, algorithm 2) subtracts s sigma_t times the
+    gradient with respect to x_t. A judge that knows no noise looks at x_0_hat instead, and the
+    gradient is brought to x_t by d x_0_hat / d x_t = alpha_t, the value for pictures of unit
+    variance (Song et al. 2023, PiGDM, equation 7): x_0_hat moves by s sigma_t^2 of its gradient.
+    The network is not differentiated.
+
+    Args:
+        prediction, x_t: (N, 3, H, W); the prediction is eps, v or x_0, and so is the result.
+        labels: (N, K) multi-hot.
+    """
+    alpha = scheduler.alphas_cumprod[t].to(x_t.device).sqrt()
+    sigma = (1 - alpha**2).sqrt()
+    kind = noise.prediction_type
+    if kind == "epsilon":
+        x_0 = (x_t - sigma * prediction) / alpha
+    elif kind == "v_prediction":
+        x_0 = alpha * x_t - sigma * prediction
+    else:
+        x_0 = prediction
+    with torch.enable_grad():
+        x_0 = x_0.detach().float().requires_grad_()
+        likelihood = guide.log_likelihood(unscale(x_0, noise), labels)
+        (gradient,) = torch.autograd.grad(likelihood.sum(), x_0)
+    move = {"epsilon": -alpha * sigma, "v_prediction": -sigma, "sample": sigma**2}[kind]
+    return prediction + classifier_guidance_scale * move * gradient
+
+
+def picture_seeds(seed: int, count: int, purpose: int = 0) -> list[int]:
+    """One seed for every picture of a set; sets with other `seed`s or purposes share none."""
+    return [derive_seed(seed, purpose, i) for i in range(count)]
 
 
 def derive_seed(seed: int, purpose: int, number: int) -> int:
-    """A 64-bit seed from three numbers; purpose 0: picture `number`, 1: training step `number`."""
+    """A 64-bit seed from three numbers.
+
+    Purpose 0: test picture `number`, 1: training step, 2: picture for the Frechet distance,
+    3: the choice of conditions for it.
+    """
     return int(np.random.SeedSequence([seed, purpose, number]).generate_state(1, np.uint64)[0])
 
 
@@ -196,6 +241,7 @@ def sample(
     config: SamplingConfig,
     num_intermediates: int = 0,
     progress: bool = True,
+    guide: Evaluator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw pictures for conditions: from noise to x_0 with guidance.
 
@@ -211,6 +257,7 @@ def sample(
         num_intermediates: pictures to keep on the way, evenly spaced, noise and result included;
             more than there are steps repeat some.
         progress: show a progress bar.
+        guide: whose gradient is followed if config.classifier_guidance_scale is not 0.
 
     Returns:
         pictures (N, 3, S, S) float32 in [-1, 1] on the CPU, and the kept x_t
@@ -243,6 +290,11 @@ def sample(
             for done, t in enumerate(scheduler.timesteps, start=1):
                 with autocast(device, dtype):
                     prediction = guided_noise(model, x_t, t.to(device), y, config.guidance_scale)
+                if config.classifier_guidance_scale:
+                    prediction = judge_guidance(
+                        prediction, x_t, t, y, scheduler, noise, guide,
+                        config.classifier_guidance_scale,
+                    )  # fmt: skip
                 x_t = scheduler.step(prediction, t, x_t, generator=generators, **extra).prev_sample
                 kept += [x_t.cpu()] * kept_steps.count(done)
                 bar.update()

@@ -4,8 +4,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from checkpoint import load_weights, read_tensors
@@ -31,11 +34,30 @@ def build_evaluator(num_classes: int = 24) -> nn.Module:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A judge with its name: "course" for the course's own weights, else what it was trained on."""
+    """A judge: network, name, file, objects and threshold.
+
+    The name is "course" for the course's own weights, else what the file says. An object counts
+    as detected where its score reaches the threshold; `calibrate` finds it.
+    """
 
     model: nn.Module
     name: str
     path: Path
+    objects: dict[str, int]
+    threshold: float = 0.5
+
+    @torch.no_grad()
+    def features(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """Pooled features (N, 512) on the CPU, what the last layer sees, of (N, 3, H, W)."""
+        device = next(self.model.parameters()).device
+        parts = list(self.model.children())[:-1]  # all of ResNet18 but its last layer
+        features = []
+        for batch in images.split(batch_size):
+            x = resize(batch.to(device), IMAGE_SIZE)
+            for part in parts:
+                x = part(x)
+            features.append(x.flatten(1).float().cpu())
+        return torch.cat(features)
 
     @torch.no_grad()
     def scores(self, images: Tensor, batch_size: int = 256) -> Tensor:
@@ -50,37 +72,84 @@ class Evaluator:
             scores.append(self.model(batch).float().cpu())
         return torch.cat(scores)
 
+    def log_likelihood(self, images: Tensor, labels: Tensor) -> Tensor:
+        """log p(labels | images), (N,): every object scored by itself; with gradient.
+
+        Args:
+            images: (N, 3, H, W) in [-1, 1], on the judge's device.
+            labels: (N, K) multi-hot.
+        """
+        linear = self.model.fc[0]
+        hook = linear.register_forward_hook(lambda _module, _input, output: kept.append(output))
+        kept: list[Tensor] = []
+        try:
+            self.model(resize(images, IMAGE_SIZE))
+        finally:
+            hook.remove()
+        return -F.binary_cross_entropy_with_logits(kept[0], labels, reduction="none").sum(dim=1)
+
 
 def load_evaluator(
-    path: Path, num_classes: int = 24, device: torch.device | str = "cpu"
+    path: Path, objects: dict[str, int], device: torch.device | str = "cpu"
 ) -> Evaluator:
     """Read the course's checkpoint.pth or a file of src/train_evaluator.py.
 
+    Args:
+        objects: of the data that is judged; a file that names its own must name the same.
+
     Raises:
-        UserError: missing, damaged, or another network's weights.
+        UserError: missing, damaged, another network's weights, or trained for other objects.
     """
     path = Path(path)
     content = read_tensors(path, HOW_TO_GET_EVALUATOR)
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: no evaluator: it has no entry 'model'; {HOW_TO_GET_EVALUATOR}")
-    model = build_evaluator(num_classes)
-    load_weights(model, content["model"], path, f"a ResNet18 with {num_classes} scores")
+    if content.get("objects", objects) != objects:
+        raise UserError(
+            f"{path}: trained for other objects, or another order, than the data's objects.json; "
+            f"{HOW_TO_GET_EVALUATOR}"
+        )
+    model = build_evaluator(len(objects))
+    load_weights(model, content["model"], path, f"a ResNet18 with {len(objects)} scores")
     if git_blob_hash(path) == COURSE_BLOB:
         name = "course"
     else:
         name = str(content.get("name", "unknown weights"))
-    return Evaluator(model.eval().to(device), name, path)
+    threshold = content.get("threshold", 0.5)
+    if not isinstance(threshold, float) or not 0 < threshold < 1:
+        raise UserError(f"{path}: threshold {threshold!r} is no number between 0 and 1")
+    model = model.eval().requires_grad_(False).to(device)
+    return Evaluator(model, name, path, objects, threshold)
 
 
-def require_evaluator(paths: DataPaths, num_classes: int, device: torch.device) -> Evaluator:
-    """The evaluator that was found beside the data.
+def require_evaluator(
+    paths: DataPaths, objects: dict[str, int], device: torch.device | str
+) -> Evaluator:
+    """The evaluator that was found beside the data, or the one that comes with the repository.
 
     Raises:
         UserError: there is none.
     """
     if paths.evaluator is None:
         raise UserError(f"no evaluator in {paths.data_dir}: {HOW_TO_GET_EVALUATOR}")
-    return load_evaluator(paths.evaluator, num_classes, device)
+    return load_evaluator(paths.evaluator, objects, device)
+
+
+def calibrate(scores: Tensor, labels: Tensor) -> float:
+    """The threshold at which the most pictures get exactly their objects detected.
+
+    Of a range of equally good thresholds, the middle in log-odds.
+
+    Args:
+        scores: (N, K) in [0, 1] of pictures that the evaluator was not trained on.
+        labels: (N, K) multi-hot.
+    """
+    logit = torch.linspace(-7, 7, 281)
+    exact = torch.stack(
+        [((scores >= t) == labels.bool()).all(dim=1).sum() for t in logit.sigmoid()]
+    )
+    best = (exact == exact.max()).nonzero().flatten()
+    return logit[best].median().sigmoid().item()
 
 
 def git_blob_hash(path: Path) -> str:
@@ -95,14 +164,48 @@ def git_blob_hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of `evaluate` for N pictures."""
+    """What the judge found in N pictures, picture by picture; `metrics.py` sums it up.
 
-    accuracy: float
-    """The course's: detected objects over all objects asked for, in [0, 1]."""
+    All are on the CPU; but for labels, detected and confusion (N,) integers.
+    """
+
+    labels: Tensor
+    """(N, K) bool: objects asked for."""
+    detected: Tensor
+    """(N, K) bool: objects whose score reaches the judge's threshold."""
     correct: Tensor
-    """(N,) detected objects of each picture."""
-    total: Tensor
-    """(N,) objects asked for of each picture."""
+    """Objects that the course's accuracy counts as right."""
+    color_errors: Tensor
+    """Objects asked for that came in another color."""
+    shape_errors: Tensor
+    """Objects asked for that came in another shape."""
+    confusion: Tensor
+    """(K + 1, K + 1) counts: row asked for, column found; the last row and column: nothing."""
+
+    @property
+    def total(self) -> Tensor:
+        """Objects asked for."""
+        return self.labels.sum(dim=1)
+
+    @property
+    def accuracy(self) -> float:
+        """The course's: right objects over all objects asked for, in [0, 1]."""
+        return self.correct.sum().item() / self.total.sum().item()
+
+    @property
+    def exact(self) -> Tensor:
+        """1 where the detected objects are exactly those asked for."""
+        return (self.detected == self.labels).all(dim=1).long()
+
+    @property
+    def missing(self) -> Tensor:
+        """Objects asked for and not detected."""
+        return (self.labels & ~self.detected).sum(dim=1)
+
+    @property
+    def extra(self) -> Tensor:
+        """Objects detected and not asked for."""
+        return (self.detected & ~self.labels).sum(dim=1)
 
 
 def evaluate(evaluator: Evaluator, images: Tensor, labels: Tensor) -> Evaluation:
@@ -112,10 +215,45 @@ def evaluate(evaluator: Evaluator, images: Tensor, labels: Tensor) -> Evaluation
         images: (N, 3, H, W) in [-1, 1], of any size.
         labels: (N, K) multi-hot.
     """
-    labels = labels.cpu()
-    correct = course_correct(evaluator.scores(images), labels)
-    total = labels.sum(dim=1).long()
-    return Evaluation(correct.sum().item() / total.sum().item(), correct, total)
+    return judge_scores(evaluator.scores(images), labels, evaluator.threshold, evaluator.objects)
+
+
+def judge_scores(
+    scores: Tensor, labels: Tensor, threshold: float, objects: dict[str, int]
+) -> Evaluation:
+    """As `evaluate`, from scores (N, K) in [0, 1].
+
+    Each missing object is matched with an extra one of the same picture as far as they go: those
+    that share shape or color first, as such a pair is most likely one object drawn wrong.
+    """
+    scores, labels = scores.cpu(), labels.cpu()
+    wanted, detected = labels.bool(), scores >= threshold
+    names = sorted(objects, key=objects.__getitem__)
+    colors, shapes = zip(*(name.rsplit(" ", 1) if " " in name else (name, name) for name in names),
+                         strict=True)  # fmt: skip
+    nothing = len(names)
+    confusion = torch.zeros(nothing + 1, nothing + 1, dtype=torch.long)
+    color_errors, shape_errors = torch.zeros(2, len(labels), dtype=torch.long)
+    for n, (asked, found) in enumerate(zip(wanted, detected, strict=True)):
+        for k in (asked & found).nonzero().flatten().tolist():
+            confusion[k, k] += 1
+        missing = (asked & ~found).nonzero().flatten().tolist()
+        extra = (found & ~asked).nonzero().flatten().tolist()
+        cost = [[(colors[m] != colors[e]) + (shapes[m] != shapes[e]) for e in extra]
+                for m in missing]  # fmt: skip
+        pairs = zip(*linear_sum_assignment(np.reshape(cost, (len(missing), len(extra)))),
+                    strict=True)  # fmt: skip
+        pairs = [(missing[i], extra[j]) for i, j in pairs]
+        for m, e in pairs:
+            confusion[m, e] += 1
+            color_errors[n] += colors[m] != colors[e]
+            shape_errors[n] += shapes[m] != shapes[e]
+        for m in set(missing) - {m for m, _ in pairs}:
+            confusion[m, nothing] += 1
+        for e in set(extra) - {e for _, e in pairs}:
+            confusion[nothing, e] += 1
+    correct = course_correct(scores, labels)
+    return Evaluation(wanted, detected, correct, color_errors, shape_errors, confusion)
 
 
 def course_correct(scores: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sweep the guidance scale: accuracy on both splits for every scale, from the same noise.
+"""Sweep the guidance scale: accuracy, exact sets and Frechet distance, from the same noise.
 
     python src/guidance_scale.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
@@ -38,14 +38,15 @@ from device import autocast_dtype
 from diffusion import check_steps
 from evaluator import git_blob_hash
 from files import atomic_write, make_folder, write_json
-from intervals import accuracy_interval, clip, mean_interval
-from scoring import Bench, draw_splits, open_bench
+from intervals import Interval, clip, frechet_interval, mean_interval
+from metrics import COUNTS, Record, record, summarise
+from realism import frechet_floor
+from scoring import Bench, draw_frechet, draw_splits, open_bench
 from tracking import Tracker
 
-matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt  # noqa: E402
-
 COLUMNS = (*SPLITS, "mean")
+CRITERIA = {"accuracy": "correct", "exact_sets": "exact"}
+"""Figures that are shares, and their name in a record; the third is the Frechet distance."""
 MAX_SCALES = 1000
 
 
@@ -63,6 +64,10 @@ class SweepConfig(Settings):
     """Distance between scales."""
     num_seeds: Annotated[int, Field(ge=1, le=1000)] = 4
     """Draws for each scale; every scale starts from the same noise."""
+    num_fd_samples: Annotated[int, Field(ge=0, le=10**6)] = 2048
+    """Pictures drawn for each draw's Frechet distance to the training pictures; 0: none."""
+    judge: Path | None = None
+    """A second evaluator, which scores instead of --evaluator."""
     seed: Seed = 0
     """Seed of the first draw; the others follow."""
     output_dir: Path = ROOT / "output" / "result"
@@ -99,6 +104,9 @@ def sweep_key(config: SweepConfig, bench: Bench, sampling: SamplingConfig) -> st
     parts = {
         "checkpoint": git_blob_hash(config.ckpt_path),
         "judge": git_blob_hash(bench.judge.path),
+        "guide": git_blob_hash(bench.guide.path) if sampling.classifier_guidance_scale else None,
+        "fd": config.num_fd_samples if bench.reference else 0,
+        "training": bench.reference and bench.reference.labels.shape[0],
         "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
         "sampling": to_dict(replace(sampling, guidance_scale=0.0, batch_size=1)),
         "arithmetic": f"{device.type} {autocast_dtype(sampling.mixed_precision, device)}",
@@ -106,8 +114,16 @@ def sweep_key(config: SweepConfig, bench: Bench, sampling: SamplingConfig) -> st
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
-Draws = dict[tuple[float, int], dict[str, list[int]]]
-"""(scale, seed) -> split -> detected objects of each picture."""
+@dataclass
+class Draw:
+    """One draw of a scale: a record for each split, and the Frechet distance if asked for."""
+
+    records: dict[str, Record]
+    frechet: float | None = None
+
+
+Draws = dict[tuple[float, int], Draw]
+"""(scale, seed) -> draw."""
 
 
 def read_draws(path: Path) -> Draws:
@@ -116,131 +132,180 @@ def read_draws(path: Path) -> Draws:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                record = json.loads(line)
-                draws[record["scale"], record["seed"]] = record["correct"]
+                line = json.loads(line)
+                draws[line["scale"], line["seed"]] = Draw(line["records"], line["frechet"])
             except (ValueError, TypeError, KeyError):
                 continue
     return draws
 
 
-def append_draw(path: Path, scale: float, seed: int, correct: dict[str, list[int]]) -> None:
+def append_draw(path: Path, scale: float, seed: int, draw: Draw) -> None:
     """Add one line; the leading newline ends a line that a kill has cut short."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps({"scale": scale, "seed": seed, "correct": correct}))
+            file.write("\n" + json.dumps({"scale": scale, "seed": seed} | vars(draw)))
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
 
 
-def picture_shares(
-    draws: Draws, scale: float, seeds: list[int], totals: dict[str, int]
-) -> np.ndarray:
-    """(pictures of all seeds,): each one's share, so that their mean is the mean accuracy.
+def picture_shares(draws: Draws, scale: float, seeds: list[int], figure: str) -> np.ndarray:
+    """(pictures of all seeds,): each one's share, so that their mean is the mean of both splits.
 
-    The mean accuracy weighs both splits alike.
+    The mean weighs both splits alike.
     """
-    per_seed = [
-        np.concatenate([np.array(draws[scale, seed][split]) / totals[split] for split in SPLITS])
-        for seed in seeds
-    ]
+    per_seed = []
+    for seed in seeds:
+        records = draws[scale, seed].records
+        shares = []
+        for split in SPLITS:
+            values = np.array(records[split][CRITERIA[figure]], dtype=float)
+            whole = sum(records[split]["total"]) if figure == "accuracy" else len(values)
+            shares.append(values / whole)
+        per_seed.append(np.concatenate(shares))
     return np.concatenate(per_seed) * len(per_seed[0]) / len(SPLITS)
 
 
-def indistinguishable(shares: dict[float, np.ndarray], best: float) -> list[float]:
-    """Scales whose mean accuracy can't be told from the best one's.
+def indistinguishable(values: dict[float, np.ndarray], best: float) -> list[float]:
+    """Scales that can't be told from the best one.
 
     The same picture is drawn from the same noise for every scale, so the differences are paired:
-    a scale is told apart if the 95% t interval of its differences, picture by picture, excludes
-    0. The scales are not corrected for their number: of 20 equal ones, one may look worse.
+    a scale is told apart if the 95% t interval of its differences, value by value, excludes 0.
+    The scales are not corrected for their number: of 20 equal ones, one may look worse.
     """
+    if len(values[best]) < 2:  # one draw of something that is no mean over pictures
+        return [scale for scale in values if scale != best]
     result = []
-    for scale, values in shares.items():
-        difference = mean_interval(shares[best] - values)
+    for scale, these in values.items():
+        difference = mean_interval(values[best] - these)
         if scale != best and difference.low <= 0 <= difference.high:
             result.append(scale)
     return result
 
 
-def summarise(
-    draws: Draws, scales: list[float], seeds: list[int], totals: dict[str, int]
-) -> dict[str, Any]:
-    """Rows of the table, the best scale by the mean of both splits, and its equals.
+def summarise_sweep(draws: Draws, scales: list[float], seeds: list[int]) -> dict[str, Any]:
+    """Rows of the table, and for each criterion the best scale and its equals.
 
     Intervals are Student's t over the seeds; for one seed, Wilson's for a split, and t over the
-    pictures for the mean.
+    pictures for the mean of the splits.
     """
-    rows = []
-    shares = {scale: picture_shares(draws, scale, seeds, totals) for scale in scales}
-    for scale in scales:
-        row: dict[str, Any] = {"guidance_scale": scale}
+    rows: list[dict[str, Any]] = [{"guidance_scale": scale} for scale in scales]
+    for row in rows:
+        of_scale = [draws[row["guidance_scale"], seed] for seed in seeds]
         for split in SPLITS:
-            correct = [sum(draws[scale, seed][split]) for seed in seeds]
-            row[split] = vars(accuracy_interval(correct, totals[split]))
-        per_seed = shares[scale].reshape(len(seeds), -1)
-        interval = mean_interval(per_seed.mean(axis=1) if len(seeds) > 1 else per_seed[0])
-        row["mean"] = vars(clip(interval))
-        rows.append(row)
-    best = max(scales, key=lambda scale: float(shares[scale].mean()))
-    return {
-        "rows": rows,
-        "best": best,
-        "not_distinguishable_from_best": indistinguishable(shares, best),
-    }
+            figures = summarise([draw.records[split] for draw in of_scale])
+            row[split] = {name: vars(interval) for name, interval in figures.items()}
+        row["mean"] = {}
+    best = {}
+    for figure in CRITERIA:
+        shares = {scale: picture_shares(draws, scale, seeds, figure) for scale in scales}
+        for row in rows:
+            values = shares[row["guidance_scale"]].reshape(len(seeds), -1)
+            interval = mean_interval(values.mean(axis=1) if len(seeds) > 1 else values[0])
+            row["mean"][figure] = vars(clip(interval))
+        top = max(scales, key=lambda scale: float(shares[scale].mean()))
+        best[figure] = {"scale": top, "equals": indistinguishable(shares, top)}
+    if all(draws[scale, seed].frechet is not None for scale in scales for seed in seeds):
+        frechet = {s: np.array([draws[s, seed].frechet for seed in seeds]) for s in scales}
+        for row in rows:
+            row["frechet_distance"] = vars(frechet_interval(frechet[row["guidance_scale"]]))
+        top = min(scales, key=lambda scale: float(frechet[scale].mean()))
+        best["frechet_distance"] = {"scale": top, "equals": indistinguishable(frechet, top)}
+    return {"rows": rows, "best": best}
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """The result in words."""
-    equals = summary["not_distinguishable_from_best"]
-    row = next(r for r in summary["rows"] if r["guidance_scale"] == summary["best"])
-    text = f"best mean accuracy {row['mean']['mean']:.4f} at guidance scale {summary['best']:g}"
-    if len(summary["rows"]) == 1:
-        return f"{text}, the only one drawn"
-    how = "paired t, 95%, over all pictures"
-    if equals:
-        return f"{text}; not distinguishable from it ({how}): {', '.join(f'{e:g}' for e in equals)}"
-    return f"{text}; every other scale is distinguishably worse ({how})"
+    """The result in words, a line for each criterion."""
+    lines = []
+    for figure, best in summary["best"].items():
+        row = next(r for r in summary["rows"] if r["guidance_scale"] == best["scale"])
+        value = row["frechet_distance"] if figure == "frechet_distance" else row["mean"][figure]
+        text = f"best by {figure.replace('_', ' ')}: guidance scale {best['scale']:g}"
+        text += f" ({value['mean']:.4f})"
+        how = "paired t, 95%"
+        if len(summary["rows"]) == 1:
+            text += ", the only one drawn"
+        elif best["equals"]:
+            equals = ", ".join(f"{e:g}" for e in best["equals"])
+            text += f"; not distinguishable from it ({how}): {equals}"
+        else:
+            text += f"; every other scale is distinguishably worse ({how})"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def cells(row: dict[str, Any]) -> dict[str, Interval]:
+    """What the tables show of a row: column -> interval."""
+    shown = {
+        f"{column} {figure.replace('_', ' ')}": Interval(**row[column][figure])
+        for figure in CRITERIA
+        for column in COLUMNS
+    }
+    for name in COUNTS:
+        values = [row[split][name] for split in SPLITS]
+        shown |= {f"{s} {name}": Interval(**v) for s, v in zip(SPLITS, values, strict=True)}
+    if "frechet_distance" in row:
+        shown["Frechet distance"] = Interval(**row["frechet_distance"])
+    return shown
 
 
 def write_tables(summary: dict[str, Any], text: str, folder: Path) -> None:
     """sweep.csv for programs, sweep.md for people."""
+    rows = {row["guidance_scale"]: cells(row) for row in summary["rows"]}
+    columns = list(next(iter(rows.values())))
     with atomic_write(folder / "sweep.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["guidance_scale", *(f"{c}{end}" for c in COLUMNS for end in ("", "_low", "_high"))]
-        )
-        for row in summary["rows"]:
-            values = [row[c][key] for c in COLUMNS for key in ("mean", "low", "high")]
-            writer.writerow([row["guidance_scale"], *(f"{value:.4f}" for value in values)])
-    lines = [f"| guidance scale | {' | '.join(COLUMNS)} |", "|---:|---:|---:|---:|"]
-    for row in summary["rows"]:
-        cells = [
-            f"{row[c]['mean']:.4f} [{row[c]['low']:.4f}, {row[c]['high']:.4f}]" for c in COLUMNS
-        ]
-        mark = "**" if row["guidance_scale"] == summary["best"] else ""
-        lines.append(f"| {mark}{row['guidance_scale']:g}{mark} | {' | '.join(cells)} |")
+        ends = ("", "_low", "_high")
+        names = [name.replace(" ", "_") for name in columns]
+        writer.writerow(["guidance_scale", *(f"{name}{end}" for name in names for end in ends)])
+        for scale, shown in rows.items():
+            values = [v for i in shown.values() for v in (i.mean, i.low, i.high)]
+            writer.writerow([scale, *("" if v is None else f"{v:.4f}" for v in values)])
+    shown = [name for name in columns if not name.endswith(COUNTS)]
+    lines = [f"| guidance scale | {' | '.join(shown)} |", "|---:|" + "---:|" * len(shown)]
+    for scale, row in rows.items():
+        lines.append(f"| {scale:g} | {' | '.join(str(row[name]) for name in shown)} |")
     with atomic_write(folder / "sweep.md") as temporary:
         temporary.write_text("\n".join([*lines, "", text, ""]), encoding="utf-8")
 
 
-def draw_chart(summary: dict[str, Any], title: str, path: Path) -> None:
-    """Both splits and their mean over the scale, with intervals; the best is marked."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    scales = [row["guidance_scale"] for row in summary["rows"]]
-    for column, color in zip(COLUMNS, ("tab:blue", "tab:orange", "black"), strict=True):
-        low, mean, high = (
-            [row[column][key] for row in summary["rows"]] for key in ("low", "mean", "high")
+def draw_chart(summary: dict[str, Any], title: str, path: Path, floor: float | None) -> None:
+    """Accuracy, exact sets and Frechet distance over the scale, with intervals; best marked."""
+    rows, best = summary["rows"], summary["best"]
+    scales = [row["guidance_scale"] for row in rows]
+    figure, panels = plt.subplots(
+        len(best), 1, figsize=(8, 3 * len(best)), sharex=True, layout="constrained", squeeze=False
+    )
+    for axes, (name, top) in zip(panels[:, 0], best.items(), strict=True):
+        curves = (
+            {column: [row[column][name] for row in rows] for column in COLUMNS}
+            if name in CRITERIA
+            else {"all": [row[name] for row in rows]}
         )
-        axes.plot(scales, mean, "o-", color=color, label=column, markersize=4)
-        axes.fill_between(scales, low, high, color=color, alpha=0.12)
-        if column == "mean":
-            best = scales.index(summary["best"])
-            axes.plot(scales[best], mean[best], "*", color="tab:red", markersize=16,
-                      label=f"best mean: {summary['best']:g}")  # fmt: skip
-    axes.set(xlabel="guidance scale", ylabel="accuracy (95% interval)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+        for (column, values), color in zip(
+            curves.items(),
+            ("tab:blue", "tab:orange", "black") if len(curves) > 1 else ("black",),
+            strict=True,
+        ):
+            mean = [value["mean"] for value in values]
+            low, high = (
+                [value["mean"] if value[key] is None else value[key] for value in values]
+                for key in ("low", "high")
+            )
+            label = column if len(curves) > 1 else None
+            axes.plot(scales, mean, "o-", color=color, label=label, markersize=4)
+            axes.fill_between(scales, low, high, color=color, alpha=0.12)
+        at = scales.index(top["scale"])
+        axes.plot(scales[at], mean[at], "*", color="tab:red", markersize=15,
+                  label=f"best: {top['scale']:g}")  # fmt: skip
+        if name == "frechet_distance" and floor is not None:
+            axes.axhline(floor, color="gray", linestyle="--", label="as many training pictures")
+        axes.set(ylabel=f"{name.replace('_', ' ')}\n(95% interval)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    panels[0, 0].set(title=title)
+    panels[-1, 0].set(xlabel="guidance scale")
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=110)
     plt.close(figure)
 
 
@@ -249,7 +314,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_args(SweepConfig, argv)
     scales = guidance_scales(config)
     seeds = list(range(config.seed, config.seed + config.num_seeds))
-    bench = open_bench(config.ckpt_path, config.data, config.device)
+    bench = open_bench(
+        config.ckpt_path, config.data, config.device, config.judge, config.num_fd_samples > 0
+    )
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
     sampling = SamplingConfig(**vars(replace(config.sampling, num_inference_steps=steps)))
     name = f"{sampling.scheduler}{steps}-{sweep_key(config, bench, sampling)}"
@@ -265,15 +332,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     for scale, seed in tqdm(todo, desc="sweep", unit="draw"):
         splits = draw_splits(bench, replace(sampling, guidance_scale=scale), seed, progress=False)
-        draws[scale, seed] = {split: r.correct.tolist() for split, (_, r) in splits.items()}
+        draw = Draw({split: record(result) for split, (_, result) in splits.items()})
+        if bench.reference is not None:
+            draw.frechet = draw_frechet(
+                bench, replace(sampling, guidance_scale=scale), seed, config.num_fd_samples, False
+            )
+        draws[scale, seed] = draw
         append_draw(folder / "draws.jsonl", scale, seed, draws[scale, seed])
 
-    totals = {split: int(bench.labels[split].sum()) for split in SPLITS}
-    summary = summarise(draws, scales, seeds, totals)
+    summary = summarise_sweep(draws, scales, seeds)
+    floor = None
+    if bench.reference is not None:
+        floor = frechet_floor(bench.reference, config.num_fd_samples, config.seed)
     text = verdict(summary)
     report = {
         "checkpoint": str(config.ckpt_path),
-        "judge": bench.judge.name,
+        "judge": bench.judge_name(sampling),
+        "threshold": bench.judge.threshold,
+        "num_fd_samples": config.num_fd_samples if bench.reference else 0,
+        "frechet_distance_of_training_pictures": floor,
         "sampling": {k: v for k, v in to_dict(sampling).items() if k != "guidance_scale"},
         "seeds": seeds,
         "verdict": text,
@@ -281,11 +358,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     write_json(folder / "sweep.json", report)
     write_tables(summary, text, folder)
-    title = f"{bench.run_name}: {sampling.scheduler}, {steps} steps, judge: {bench.judge.name}"
-    draw_chart(summary, title, folder / "sweep.png")
+    title = f"{bench.run_name}: {sampling.scheduler}, {steps} steps, judge: {bench.judge_name(sampling)}"
+    draw_chart(summary, title, folder / "sweep.png", floor)
 
-    rows = [[r["guidance_scale"], *(r[c]["mean"] for c in COLUMNS)] for r in summary["rows"]]
-    tracker.log({"guidance_sweep": {"columns": ["guidance_scale", *COLUMNS], "data": rows}})
+    shown = [(row["guidance_scale"], cells(row)) for row in summary["rows"]]
+    rows = [[scale, *(interval.mean for interval in row.values())] for scale, row in shown]
+    columns = ["guidance_scale", *shown[0][1]]
+    tracker.log({"guidance_sweep": {"columns": columns, "data": rows}})
     tracker.log_picture("guidance_chart", folder / "sweep.png")
     tracker.finish()
     print((folder / "sweep.md").read_text(encoding="utf-8"))

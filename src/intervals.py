@@ -12,10 +12,13 @@ class Interval:
     """A figure and its 95% interval."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    """None: a single draw of something whose spread can't be told from one."""
 
     def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.mean:.3f}"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
@@ -47,3 +50,11 @@ def accuracy_interval(correct: Sequence[int], total: int) -> Interval:
 def clip(interval: Interval) -> Interval:
     """The interval of a share, which can't leave [0, 1]."""
     return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))
+
+
+def frechet_interval(distances: Sequence[float]) -> Interval:
+    """Student's t over draws, not below 0; of a single draw only the figure itself."""
+    if len(distances) == 1:
+        return Interval(distances[0], None, None)
+    interval = mean_interval(distances)
+    return Interval(interval.mean, max(interval.low, 0.0), interval.high)

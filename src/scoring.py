@@ -8,11 +8,12 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, load_checkpoint, load_model
 from config import DataConfig, SamplingConfig, UserError
-from dataset import SPLITS, find_data, read_conditions, read_objects
+from dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
 from device import pick_device
 from diffusion import picture_seeds, sample
-from evaluator import Evaluation, Evaluator, evaluate, require_evaluator
+from evaluator import Evaluation, Evaluator, evaluate, load_evaluator, require_evaluator
 from model import DiffusionModel
+from realism import Reference, draw_conditions, frechet_distance, load_reference
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,40 @@ class Bench:
     checkpoint: Checkpoint
     model: DiffusionModel
     judge: Evaluator
+    """Scores: the one of --judge, else of --evaluator."""
+    guide: Evaluator
+    """The one of --evaluator, whose gradient is followed when asked for."""
     labels: dict[str, Tensor]
     """Split -> (32, number of objects) multi-hot conditions."""
+    paths: DataPaths
+    reference: Reference | None
+    """The training pictures; None where they are not asked for or not there."""
 
     @property
     def run_name(self) -> str:
         return self.checkpoint.config.run_name
 
+    def judge_name(self, sampling: SamplingConfig) -> str:
+        """The judge, and whether the pictures were drawn with its help."""
+        if not sampling.classifier_guidance_scale:
+            return self.judge.name
+        if self.judge is self.guide:
+            return f"{self.judge.name}, guided by the judge"
+        return f"{self.judge.name}, guided by the judge {self.guide.name}"
 
-def open_bench(ckpt_path: Path, data: DataConfig, device_name: str | None) -> Bench:
+
+def open_bench(
+    ckpt_path: Path,
+    data: DataConfig,
+    device_name: str | None,
+    judge_path: Path | None = None,
+    with_reference: bool = False,
+) -> Bench:
     """Load everything that testing needs.
+
+    Args:
+        judge_path: a second evaluator, which scores instead of the data's.
+        with_reference: load the training pictures too, if they are there.
 
     Raises:
         UserError: anything missing, damaged, or made for other objects.
@@ -45,11 +70,17 @@ def open_bench(ckpt_path: Path, data: DataConfig, device_name: str | None) -> Be
             f"{paths.data_dir / 'objects.json'}: other objects, or another order, than "
             f"{ckpt_path} was trained with; use its data"
         )
-    judge = require_evaluator(paths, len(objects), device)
+    guide = require_evaluator(paths, objects, device)
+    judge = load_evaluator(judge_path, objects, device) if judge_path else guide
     labels = {split: read_conditions(paths.data_dir, split, objects)[1] for split in SPLITS}
     model = load_model(checkpoint, ckpt_path, device)
-    print(f"judge: {judge.name}, {judge.path}")
-    return Bench(checkpoint, model, judge, labels)
+    print(f"judge: {judge.name}, threshold {judge.threshold:.2f}, {judge.path}")
+    reference = None
+    if with_reference and (paths.data_dir / "train.json").exists() and paths.image_dir.is_dir():
+        reference = load_reference(paths, judge)
+    elif with_reference:
+        print(f"no Frechet distance, no nearest pictures: {paths.image_dir} is not there")
+    return Bench(checkpoint, model, judge, guide, labels, paths, reference)
 
 
 def draw_splits(
@@ -64,9 +95,29 @@ def draw_splits(
         picture_seeds(seed, len(labels)),
         sampling,
         progress=progress,
+        guide=bench.guide,
     )
     parts = images.split([len(bench.labels[split]) for split in SPLITS])
     return {
         split: (part, evaluate(bench.judge, part, bench.labels[split]))
         for split, part in zip(SPLITS, parts, strict=True)
     }
+
+
+def draw_frechet(
+    bench: Bench, sampling: SamplingConfig, seed: int, count: int, progress: bool = True
+) -> float:
+    """Frechet distance of `count` pictures, their conditions drawn from the training pictures'.
+
+    Every way of sampling gets the same conditions and noise for a seed.
+    """
+    images, _ = sample(
+        bench.model,
+        bench.checkpoint.config.noise,
+        draw_conditions(bench.reference, count, seed),
+        picture_seeds(seed, count, purpose=2),
+        sampling,
+        progress=progress,
+        guide=bench.guide,
+    )
+    return frechet_distance(bench.reference.features, bench.judge.features(images))

@@ -4,7 +4,8 @@
     python src/test.py --ckpt_path ... --prompt "red sphere, cyan cube"
 
 Writes output/result/<run>/<sampling>/: images/<split>/0.png ... 31.png, a grid of each split, the
-way from noise to a picture, and accuracies.json; and output/result/<run>/accuracies.md, where
+way from noise to a picture, which object was taken for which (confusion.png), the nearest training
+pictures (nearest.png), figures.md and accuracies.json; and output/result/<run>/accuracies.md, where
 different ways of sampling stand side by side. Network and schedule are those in the checkpoint.
 """
 
@@ -33,11 +34,13 @@ from config import (
 )
 from dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
 from diffusion import check_steps, picture_seeds, sample
-from evaluator import IMAGE_SIZE
-from figures import grid, save_image, strip
+from evaluator import IMAGE_SIZE, evaluate
+from figures import confusion_chart, grid, pairs, save_image, strip
 from files import atomic_write, make_folder, read_json, write_json
-from intervals import accuracy_interval
-from scoring import Bench, draw_splits, open_bench
+from intervals import Interval, frechet_interval
+from metrics import Record, confusion_shares, paired_difference, record, summarise, table
+from realism import frechet_floor, nearest
+from scoring import Bench, draw_frechet, draw_splits, open_bench
 from tracking import Tracker
 
 STRIP_PROMPT = ["red sphere", "cyan cylinder", "cyan cube"]
@@ -59,6 +62,10 @@ class TestConfig(Settings):
     """Seed of the first draw; the others follow."""
     prompt: str | None = None
     """Draw this scene instead, such as "red sphere, cyan cube"."""
+    num_fd_samples: Annotated[int, Field(ge=0, le=10**6)] = 2048
+    """Pictures drawn for each seed's Frechet distance to the training pictures; 0: none."""
+    judge: Path | None = None
+    """A second evaluator, which scores instead of --evaluator; both figures are reported."""
     output_dir: Path = ROOT / "output" / "result"
     """Results go to a folder in here, named after the run."""
     device: str | None = None
@@ -76,7 +83,7 @@ def draw_strip(bench: Bench, sampling: SamplingConfig, names: list[str], seed: i
     label = encode_labels(names, bench.checkpoint.objects)[None]
     _, kept = sample(
         bench.model, bench.checkpoint.config.noise, label, picture_seeds(seed, 1), sampling,
-        num_intermediates=STRIP_PICTURES, progress=False,
+        num_intermediates=STRIP_PICTURES, progress=False, guide=bench.guide,
     )  # fmt: skip
     return kept[:, 0]
 
@@ -102,7 +109,10 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     """Returns the content of accuracies.json, or the path of the prompt's picture."""
     config = parse_args(TestConfig, argv)
-    bench = open_bench(config.ckpt_path, config.data, config.device)
+    drawing_sets = config.prompt is None
+    bench = open_bench(
+        config.ckpt_path, config.data, config.device, config.judge, with_reference=drawing_sets
+    )
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
     sampling = replace(config.sampling, num_inference_steps=steps)
     config = replace(config, sampling=sampling)
@@ -116,72 +126,138 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
         config.wandb, config.wandb_project, f"{bench.run_name}-{name}", run_folder, to_dict(config)
     )
 
-    correct: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for draw in range(config.num_seeds):
-        for split, (images, result) in draw_splits(bench, sampling, config.seed + draw).items():
-            correct[split].append(int(result.correct.sum()))
-            if draw == 0:
+    judges = [bench.judge] if bench.judge is bench.guide else [bench.judge, bench.guide]
+    records: list[dict[str, list[Record]]] = [{split: [] for split in SPLITS} for _ in judges]
+    confusion = torch.zeros((), dtype=torch.long)
+    frechet, floor = [], []
+    first: list[Tensor] = []
+    for seed in range(config.seed, config.seed + config.num_seeds):
+        for split, (images, result) in draw_splits(bench, sampling, seed).items():
+            records[0][split].append(record(result))
+            confusion = confusion + result.confusion
+            if len(judges) > 1:
+                other = evaluate(bench.guide, images, bench.labels[split])
+                records[1][split].append(record(other))
+            if seed == config.seed:
+                first.append(images)
                 for i, image in enumerate(resize(images, IMAGE_SIZE)):
                     save_image(image, folder / "images" / split / f"{i}.png")
                 save_image(grid(images), folder / f"{split}_grid.png")
+        if bench.reference is not None and config.num_fd_samples:
+            frechet.append(draw_frechet(bench, sampling, seed, config.num_fd_samples))
+            floor.append(frechet_floor(bench.reference, config.num_fd_samples, seed))
     if set(STRIP_PROMPT) <= bench.checkpoint.objects.keys():
         steps = draw_strip(bench, sampling, STRIP_PROMPT, config.seed)
         save_image(strip(steps), folder / "denoising.png")
     else:
         print(f"no denoising.png: these objects lack one of {', '.join(STRIP_PROMPT)}")
+    judge_name = bench.judge_name(sampling)
+    names = sorted(bench.checkpoint.objects, key=bench.checkpoint.objects.__getitem__)
+    title = f"{bench.run_name}, {name}, judge: {judge_name}"
+    confusion_chart(confusion_shares(confusion), names, title, folder / "confusion.png")
 
-    totals = {split: int(bench.labels[split].sum()) for split in SPLITS}
-    intervals = {split: accuracy_interval(correct[split], totals[split]) for split in SPLITS}
+    figures = {split: summarise(records[0][split]) for split in SPLITS}
     report = {
         "checkpoint": str(config.ckpt_path),
         "epoch": bench.checkpoint.epoch,
         "step": bench.checkpoint.step,
-        "judge": bench.judge.name,
+        "judge": judge_name,
+        "threshold": bench.judge.threshold,
         "sampling": to_dict(sampling),
         "seed": config.seed,
         "num_seeds": config.num_seeds,
-        "objects": totals,
-        "correct": correct,
-        "accuracy": {split: vars(interval) for split, interval in intervals.items()},
+        "records": records[0],
+        "accuracy": {split: vars(figures[split]["accuracy"]) for split in SPLITS},
+        "figures": {
+            split: {key: vars(interval) for key, interval in figures[split].items()}
+            for split in SPLITS
+        },
+        "confusion": confusion.tolist(),
     }
+    text = [table(figures)]
+    if frechet:
+        report["num_fd_samples"] = config.num_fd_samples
+        report["frechet_distance"] = vars(frechet_interval(frechet))
+        report["frechet_distance_of_training_pictures"] = vars(frechet_interval(floor))
+        text.append(
+            f"Frechet distance, {config.num_fd_samples} pictures: {frechet_interval(frechet)}; "
+            f"of as many training pictures: {frechet_interval(floor)}"
+        )
+    if bench.reference is not None:
+        images = torch.cat(first)
+        found, rms = nearest(images, bench.reference)
+        save_image(pairs(images, found), folder / "nearest.png")
+        report["nearest_rms"] = rms.tolist()
+        text.append(
+            f"nearest training picture (nearest.png): median difference {rms.median():.1f} of "
+            f"255 levels, least {rms.min():.1f}"
+        )
+    if len(judges) > 1:
+        guide = {split: summarise(records[1][split]) for split in SPLITS}
+        report["other_judge"] = {
+            "judge": bench.guide.name,
+            "figures": {s: {k: vars(v) for k, v in guide[s].items()} for s in SPLITS},
+            "difference": {
+                split: {
+                    key: vars(paired_difference(records[1][split], records[0][split], key))
+                    for key in ("accuracy", "exact_sets")
+                }
+                for split in SPLITS
+            },
+        }
+        text.append(f"by {bench.guide.name} (--evaluator):\n\n{table(guide)}")
+        for split in SPLITS:
+            by = paired_difference(records[1][split], records[0][split], "accuracy")
+            text.append(f"{split} accuracy: {bench.guide.name} minus {bench.judge.name}: {by}")
     write_json(folder / "accuracies.json", report)
-    tracker.log({f"{split}_accuracy": interval.mean for split, interval in intervals.items()})
-    for split in SPLITS:
-        tracker.log_picture(f"{split}_grid", folder / f"{split}_grid.png")
+    title = f"judge: {judge_name}, threshold {bench.judge.threshold:.2f}"
+    with atomic_write(folder / "figures.md") as temporary:
+        temporary.write_text("\n\n".join([title, *text, ""]), encoding="utf-8")
+    tracker.log(
+        {f"{s}_{key}": interval.mean for s in SPLITS for key, interval in figures[s].items()}
+        | ({"frechet_distance": frechet_interval(frechet).mean} if frechet else {})
+    )
+    for picture in sorted(folder.glob("*.png")):
+        tracker.log_picture(picture.stem, picture)
     tracker.finish()
-    print("\n" + write_comparison(run_folder))
+    print("\n" + "\n\n".join(text) + "\n\n" + write_comparison(run_folder))
     print(folder)
     return report
 
 
 def folder_name(sampling: SamplingConfig) -> str:
     """Such as ddim50-guidance3: results of other ways of sampling stay side by side."""
+    strength = sampling.classifier_guidance_scale
     name = f"{sampling.scheduler}{sampling.num_inference_steps}-guidance{sampling.guidance_scale:g}"
-    return name + (f"-eta{sampling.eta:g}" if sampling.eta else "")
+    name += f"-eta{sampling.eta:g}" if sampling.eta else ""
+    return name + (f"-guided_by_the_judge{strength:g}" if strength else "")
 
 
 def write_comparison(run_folder: Path) -> str:
     """accuracies.md: a line for every way of sampling that this run was tested with."""
+    columns = [(key, split) for key in ("accuracy", "exact_sets") for split in SPLITS]
+    names = " | ".join(f"{split} {key.replace('_', ' ')}" for key, split in columns)
     lines = [
-        "| sampling | step | seeds | judge | test [95% interval] | new_test [95% interval] |",
-        "|---|---:|---:|---|---|---|",
+        f"| sampling | step | seeds | judge | {names} | Frechet distance (pictures) |",
+        "|---|---:|---:|---|" + "---|" * (len(columns) + 1),
     ]
     for path in sorted(run_folder.glob("*/accuracies.json")):
         try:
             report = read_json(path)
-            cells = [
-                "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**report["accuracy"][split])
-                for split in SPLITS
-            ]
+            cells = [str(Interval(**report["figures"][split][key])) for key, split in columns]
+            distance = "-"
+            if "frechet_distance" in report:
+                distance = str(Interval(**report["frechet_distance"]))
+                distance += f" ({report['num_fd_samples']})"
             about = f"{report['step']} | {report['num_seeds']} | {report['judge']}"
         except (UserError, KeyError, TypeError):
             print(f"warning: {path} is damaged; left out of the table", file=sys.stderr)
             continue
-        lines.append(f"| {path.parent.name} | {about} | {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
+        lines.append(f"| {path.parent.name} | {about} | {' | '.join(cells)} | {distance} |")
+    text = "\n".join(lines) + "\n"
     with atomic_write(run_folder / "accuracies.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
-    return table
+        temporary.write_text(text, encoding="utf-8")
+    return text
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from config import SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
-from dataset import IclevrDataset, find_data, get_dataloader, read_conditions
+from dataset import DataPaths, IclevrDataset, find_data, get_dataloader, read_conditions
 from device import autocast, autocast_dtype, pick_device
 from diffusion import (
     check_steps,
@@ -41,7 +41,9 @@ from diffusion import (
 from evaluator import Evaluator, evaluate, load_evaluator
 from figures import grid, save_image
 from files import atomic_write, make_folder, write_json
+from metrics import record, summarise
 from model import DiffusionModel, summary, zero_init
+from realism import draw_conditions, frechet_distance, load_reference
 from tracking import Tracker
 
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
@@ -217,12 +219,19 @@ def preview_sampling(config: TrainConfig) -> SamplingConfig:
 class Preview:
     """Draws the test conditions with the current weights, always from the same noise."""
 
-    def __init__(self, config: TrainConfig, data_dir: Path, objects: dict, judge: Evaluator | None):
-        _, self.labels = read_conditions(data_dir, "test", objects)
+    def __init__(
+        self, config: TrainConfig, paths: DataPaths, objects: dict, judge: Evaluator | None
+    ):
+        _, self.labels = read_conditions(paths.data_dir, "test", objects)
         self.seeds = picture_seeds(config.seed, len(self.labels))
         self.noise = config.noise
         self.sampling = preview_sampling(config)
         self.judge = judge
+        self.seed, self.fd_samples = config.seed, config.preview.preview_fd_samples
+        if self.fd_samples:
+            if judge is None:
+                raise UserError("--preview_fd_samples: needs a judge; name one with --evaluator")
+            self.reference = load_reference(paths, judge)
 
     def __call__(self, model: DiffusionModel, path: Path) -> dict[str, Any]:
         """Write the grid; returns what to log."""
@@ -232,7 +241,15 @@ class Preview:
         values: dict[str, Any] = {"preview": picture}
         if self.judge is not None:
             values["judge"] = self.judge.name
-            values["preview_accuracy"] = evaluate(self.judge, images, self.labels).accuracy
+            figures = summarise([record(evaluate(self.judge, images, self.labels))])
+            values |= {f"preview_{name}": interval.mean for name, interval in figures.items()}
+        if self.fd_samples:
+            labels = draw_conditions(self.reference, self.fd_samples, self.seed)
+            seeds = picture_seeds(self.seed, self.fd_samples, purpose=2)
+            images, _ = sample(model, self.noise, labels, seeds, self.sampling)
+            values["preview_frechet_distance"] = frechet_distance(
+                self.reference.features, self.judge.features(images)
+            )
         return values
 
 
@@ -308,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             f"{paths.data_dir / 'objects.json'}: {len(objects)} objects, but --num_classes "
             f"{config.model.num_classes}; set --num_classes {len(objects)}"
         )
-    judge = load_evaluator(paths.evaluator, len(objects), device) if paths.evaluator else None
+    judge = load_evaluator(paths.evaluator, objects, device) if paths.evaluator else None
     steps_per_epoch = len(loader)
     total_steps = min(config.epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
     state = build_state(config, total_steps, device)
@@ -328,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             raise UserError(
                 f"{resumed_from}: all {state.step} steps are done; raise {limit} to go on"
             )
-    preview = Preview(config, paths.data_dir, objects, judge)
+    preview = Preview(config, paths, objects, judge)
 
     run_dir = config.output_dir / config.run_name
     make_folder(run_dir)

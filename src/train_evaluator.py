@@ -2,13 +2,14 @@
 
     python src/train_evaluator.py
 
-Writes evaluator.pth beside the data, in the course's format (key "model"), with its accuracy on
-held-out sequences. Generated pictures are softer than the ones it learns from, and shift in
-brightness: it is trained on pictures disturbed in these ways, so that it judges objects, not
-pixels.
+Writes evaluator.pth beside the data, in the course's format (key "model"), with the threshold
+from which an object counts as detected, and its figures on held-out sequences: half of these set
+the threshold, the other half give the figures. Generated pictures are softer than the ones it
+learns from, and shift in brightness: it is trained on pictures disturbed in these ways, so that
+it judges objects, not pixels.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,9 +32,9 @@ from config import (
     parse_args,
     run,
 )
-from dataset import IclevrDataset, find_data, normalize
+from dataset import IclevrDataset, find_data, normalize, to_uint8
 from device import autocast, autocast_dtype, pick_device
-from evaluator import IMAGE_SIZE, Evaluator, build_evaluator, evaluate
+from evaluator import IMAGE_SIZE, Evaluator, build_evaluator, calibrate, evaluate
 from files import make_folder
 from intervals import proportion_interval
 
@@ -80,7 +81,7 @@ def split_by_sequence(names: list[str], held_out: float) -> tuple[list[int], lis
 
 
 def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, shift, scale, brighten, blur and add noise, each picture by its own amount.
+    """Mirror, shift, scale, blur, brighten, add noise, compress: each picture by its own amount.
 
     (N, 3, H, W) in [-1, 1] -> the same.
     """
@@ -107,7 +108,15 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
     x = (x - gray) * uniform(0.75, 1.3) + gray + uniform(-0.2, 0.2)  # contrast, brightness
     tint = torch.cat([uniform(-0.05, 0.05) for _ in range(3)], dim=1)  # white balance
     noise = torch.randn(x.shape, device=x.device, generator=generator)
-    return (x + tint + noise * uniform(0, 0.06)).clamp(-1, 1)
+    x = (x + tint + noise * uniform(0, 0.06)).clamp(-1, 1)
+
+    quality = (
+        uniform(-200, 100).view(n).long().tolist()
+    )  # JPEG for about a quarter, of quality 20 to 100
+    for i, q in enumerate(quality):
+        if q >= 20:
+            x[i] = normalize(TF.jpeg(to_uint8(x[i]), q))
+    return x
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -118,6 +127,8 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"{out}: is there already; --overwrite replaces it, --out names another")
     rendered = (paths.data_dir / "render.json").exists()
     name = config.name or ("stand-in" if rendered else f"trained on {paths.data_dir.name}")
+    if config.name is None and config.seed:
+        name += f", seed {config.seed}"
     device = pick_device(config.device)
     dtype = autocast_dtype(config.mixed_precision, device)
     dataset = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir)
@@ -159,23 +170,37 @@ def main(argv: list[str] | None = None) -> dict:
                     bar.set_postfix(loss=f"{loss.item():.4f}")
 
     model.fc[1] = sigmoid
-    judge = Evaluator(model.eval(), name, out)
-    result = evaluate(
-        judge,
-        normalize(torch.from_numpy(dataset.images[held_out])),
-        dataset.labels[held_out],
-    )
+    # Half precision halves the file; the figures below are those of the rounded weights.
+    weights = {
+        key: value.cpu().half() if value.ndim > 1 else value.cpu()
+        for key, value in model.state_dict().items()
+    }
+    model.load_state_dict(weights)
+    judge = Evaluator(model.eval().requires_grad_(False), name, out, dataset.objects)
+    half = (len(held_out) + 1) // 2
+    scores = judge.scores(normalize(torch.from_numpy(dataset.images[held_out[:half]])))
+    judge = replace(judge, threshold=calibrate(scores, dataset.labels[held_out[:half]]))
+    tested = held_out[half:] or held_out
+    images, labels = torch.from_numpy(dataset.images[tested]), dataset.labels[tested]
+    result = evaluate(judge, normalize(images), labels)
     accuracy = proportion_interval(int(result.correct.sum()), int(result.total.sum()))
+    exact = proportion_interval(int(result.exact.sum()), len(tested))
     info = {
         "train_pictures": len(train),
-        "held_out_pictures": len(held_out),
-        "held_out_accuracy": accuracy.mean,
-        "epochs": config.epochs,
-        "seed": config.seed,
+        "held_out_pictures": len(tested),
+        "held_out_accuracy": vars(accuracy),
+        "held_out_exact_sets": vars(exact),
+        "settings": {
+            key: getattr(config, key)
+            for key in ("epochs", "batch_size", "lr", "weight_decay", "held_out", "seed")
+        },
     }
-    weights = {key: value.cpu() for key, value in model.state_dict().items()}
-    save_tensors(out, {"model": weights, "name": name, "info": info})
-    print(f"{out}: accuracy {accuracy} on {len(held_out)} held-out pictures")
+    content = {"model": weights, "name": name, "objects": dataset.objects}
+    save_tensors(out, content | {"threshold": judge.threshold, "info": info})
+    print(
+        f"{out}: judge {name}, threshold {judge.threshold:.3f}\n"
+        f"on {len(tested)} held-out pictures: accuracy {accuracy}, exact sets {exact}"
+    )
     return info
 
 

@@ -1,0 +1,119 @@
+"""What accuracy can't see: how generated pictures compare with the training pictures.
+
+Frechet distance on the judge's pooled features, and the nearest training picture of each
+generated one.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+from dataset import DataPaths, IclevrDataset, normalize, resize
+from diffusion import derive_seed
+from evaluator import IMAGE_SIZE, Evaluator, git_blob_hash
+from files import atomic_write
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The training pictures as the judge sees them."""
+
+    images: np.ndarray
+    """(N, 3, 64, 64) uint8, memory-mapped."""
+    labels: Tensor
+    """(N, K) multi-hot."""
+    features: Tensor
+    """(N, 512), the judge's."""
+
+
+def load_reference(paths: DataPaths, judge: Evaluator) -> Reference:
+    """Training pictures and their features; these are kept in the cache folder.
+
+    Raises:
+        UserError: train.json or pictures missing or damaged.
+    """
+    data = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir)
+    key = hashlib.sha256(f"{data.cache.name} {git_blob_hash(judge.path)}".encode()).hexdigest()
+    path = Path(data.cache).parent / f"features-{key[:16]}.npy"
+    try:
+        features = np.load(path)
+        if features.shape[0] != len(data):
+            raise ValueError
+    except (OSError, ValueError, EOFError):
+        parts = []
+        for start in tqdm(range(0, len(data), 256), desc="features", unit="batch"):
+            parts.append(
+                judge.features(normalize(torch.from_numpy(data.images[start : start + 256])))
+            )
+        features = torch.cat(parts).numpy()
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, features)
+    return Reference(data.images, data.labels, torch.from_numpy(features))
+
+
+def draw_conditions(reference: Reference, count: int, seed: int) -> Tensor:
+    """(count, K): conditions drawn from those of the training pictures, with replacement."""
+    rng = np.random.default_rng(derive_seed(seed, 3, 0))
+    return reference.labels[torch.from_numpy(rng.integers(0, len(reference.labels), count))]
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features (N, D) and (M, D), N, M >= 2.
+
+    Heusel et al. 2017 (FID), equation 6, on whatever features these are; computed by
+    torchmetrics. It grows as M shrinks: compare only distances of equally many pictures.
+    """
+    metric = FrechetInceptionDistance(torch.nn.Identity(), input_img_size=(real.shape[1],))
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return max(0.0, float(metric.compute()))
+
+
+def frechet_floor(reference: Reference, count: int, seed: int) -> float:
+    """Frechet distance that `count` real training pictures themselves have from all of them.
+
+    They are drawn as `draw_conditions` draws, so this is what a perfect network would get.
+    """
+    rng = np.random.default_rng(derive_seed(seed, 3, 1))
+    chosen = torch.from_numpy(rng.integers(0, len(reference.features), count))
+    return frechet_distance(reference.features, reference.features[chosen])
+
+
+def nearest(images: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
+    """The training picture most like each picture, pixel by pixel, mirrored or not.
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1].
+
+    Returns:
+        (N, 3, 64, 64) in [-1, 1], mirrored where that is nearer, and the root mean square
+        difference (N,) in levels of 255.
+    """
+    queries = resize(images, IMAGE_SIZE).cpu()
+    flat = queries.flatten(1)
+    flat_mirrored = queries.flip(-1).flatten(1)
+    best = torch.full((len(queries),), torch.inf)
+    index, mirrored = torch.zeros(2, len(queries), dtype=torch.long)
+    for start in range(0, len(reference.images), 1024):
+        pictures = normalize(torch.from_numpy(reference.images[start : start + 1024])).flatten(1)
+        for mirror, query in enumerate((flat, flat_mirrored)):
+            square = (
+                query.square().sum(dim=1, keepdim=True)
+                + pictures.square().sum(dim=1)
+                - 2 * query @ pictures.T
+            )
+            value, where = square.min(dim=1)
+            closer = value < best
+            best = torch.where(closer, value, best)
+            index = torch.where(closer, where + start, index)
+            mirrored = torch.where(closer, torch.tensor(mirror), mirrored)
+    found = normalize(torch.from_numpy(reference.images[index.tolist()]))
+    found = torch.where(mirrored.bool()[:, None, None, None], found.flip(-1), found)
+    rms = (found - queries).square().mean(dim=(1, 2, 3)).sqrt() * 127.5
+    return found, rms
