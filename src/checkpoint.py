@@ -89,7 +89,7 @@ def load_model(checkpoint: Checkpoint, path: Path, device: torch.device) -> Diff
     """
     model = DiffusionModel(checkpoint.config.model)
     load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
-    return model.to(device).eval()
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, what: str) -> None:

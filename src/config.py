@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 ROOT = Path(__file__).resolve().parents[1]
 """Folder of the repository: default paths hang on it, so that commands work from any folder."""
@@ -26,6 +26,16 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _no_single(count: int) -> int:
+    if count == 1:
+        raise ValueError("one picture has no spread; use 0 for none, or at least 2")
+    return count
+
+
+FdSamples = Annotated[int, Field(ge=0, le=10**6), AfterValidator(_no_single)]
+"""Number of pictures for a Frechet distance; 0: none."""
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -148,7 +158,7 @@ class PreviewConfig(Settings):
     """Denoising steps of a preview."""
     preview_guidance_scale: Annotated[float, Field(ge=-100, le=100)] = 3.0
     """Guidance scale of a preview."""
-    preview_fd_samples: Annotated[int, Field(ge=0, le=10**6)] = 0
+    preview_fd_samples: FdSamples = 0
     """Pictures drawn for a preview's Frechet distance, such as 2048; 0: none, for its cost."""
 
 

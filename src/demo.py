@@ -1,4 +1,4 @@
-"""The whole job on a machine with nothing but Python: data, judge, training, test, sweep.
+"""The whole job on a machine with nothing but Python: data, training, test, sweep.
 
     python src/demo.py            # under 20 minutes on 2 CPU cores
     python src/demo.py --quick    # the same stages in miniature, to see that they work
@@ -19,9 +19,9 @@ import guidance_scale
 import render_iclevr
 import test
 import train
-import train_evaluator
 from checkpoint import load_checkpoint
 from config import ROOT, SamplingConfig, Settings, parse_args, run
+from dataset import SHIPPED_EVALUATOR
 from files import read_json, write_json
 
 # What gets furthest in ten minutes of two cores: a narrow network on 32x32 pictures, scaled to unit
@@ -39,16 +39,16 @@ RECIPE = (
 )
 FULL = {
     "sequences": 2500,
-    "evaluator": "--epochs 7",
     "steps": 2800,
     "seeds": 4,
+    "fd": 64,
     "sweep": "--scale_min 1 --scale_max 7 --scale_step 2 --num_seeds 4",
 }
 QUICK = {
     "sequences": 100,
-    "evaluator": "--epochs 3",
     "steps": 60,
     "seeds": 2,
+    "fd": 8,
     "sweep": "--scale_min 1 --scale_max 3 --scale_step 2 --num_seeds 1",
 }
 SAMPLER = "--scheduler ddim --num_inference_steps 20"
@@ -101,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = Stages(run_dir / "demo.json")
     data_flag = f"--data_dir {shlex.quote(str(data))}"
     output_flag = f"--output_dir {shlex.quote(str(output))}"
-    judge = data / "evaluator.pth"
 
     stages.run(
         render_iclevr,
@@ -109,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         data / "train.json",
         [],
     )
-    stages.run(train_evaluator, f"{size['evaluator']} {data_flag}", judge, [])
 
     flags = f"--run_name {name} {output_flag} {data_flag} --max_train_steps {size['steps']}"
     flags += f" --save_interval 1 --sample_interval 2 --preview_steps 25 --wandb offline {RECIPE}"
@@ -122,13 +120,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     checkpoint = train.latest_checkpoint(run_dir)
     common = f"--ckpt_path {shlex.quote(str(checkpoint))} {data_flag} --wandb offline"
+    common += f" --num_fd_samples {size['fd']}"
     results = f"--output_dir {shlex.quote(str(output / 'result'))}"
     tested = result / test.folder_name(parse_args(SamplingConfig, shlex.split(SAMPLING)))
     stages.run(
         test,
         f"{common} {results} {SAMPLING} --num_seeds {size['seeds']}",
         tested / "accuracies.json",
-        [checkpoint, judge],
+        [checkpoint, SHIPPED_EVALUATOR],
     )
     # Always: the sweep keeps its own draws, and makes only those that are missing.
     stages.run(
@@ -139,7 +138,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stage, seconds in stages.seconds.items():
         print(f"{stage:<18}{seconds:>8.0f}")
     print((result / "accuracies.md").read_text(encoding="utf-8"))
-    print(f"pictures: {tested}\n  test_grid.png, new_test_grid.png, denoising.png")
+    print(
+        f"pictures: {tested}\n  test_grid.png, new_test_grid.png, denoising.png,"
+        " confusion.png, nearest.png"
+    )
     chart = max(result.glob("guidance_scale/*/sweep.png"), key=lambda p: p.stat().st_mtime)
     print(f"sweep: {chart}\npreviews during training: {run_dir / 'samples'}")
     print(f'try: python src/test.py {common} {SAMPLING} --prompt "red sphere, cyan cube"')

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from config import (
     ROOT,
     DataConfig,
+    FdSamples,
     PositiveFloat,
     SamplerConfig,
     SamplingConfig,
@@ -64,7 +65,7 @@ class SweepConfig(Settings):
     """Distance between scales."""
     num_seeds: Annotated[int, Field(ge=1, le=1000)] = 4
     """Draws for each scale; every scale starts from the same noise."""
-    num_fd_samples: Annotated[int, Field(ge=0, le=10**6)] = 2048
+    num_fd_samples: FdSamples = 2048
     """Pictures drawn for each draw's Frechet distance to the training pictures; 0: none."""
     judge: Path | None = None
     """A second evaluator, which scores instead of --evaluator."""
@@ -358,7 +359,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     write_json(folder / "sweep.json", report)
     write_tables(summary, text, folder)
-    title = f"{bench.run_name}: {sampling.scheduler}, {steps} steps, judge: {bench.judge_name(sampling)}"
+    judge = bench.judge_name(sampling)
+    title = f"{bench.run_name}: {sampling.scheduler}, {steps} steps, judge: {judge}"
     draw_chart(summary, title, folder / "sweep.png", floor)
 
     shown = [(row["guidance_scale"], cells(row)) for row in summary["rows"]]

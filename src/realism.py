@@ -48,9 +48,7 @@ def load_reference(paths: DataPaths, judge: Evaluator) -> Reference:
     except (OSError, ValueError, EOFError):
         parts = []
         for start in tqdm(range(0, len(data), 256), desc="features", unit="batch"):
-            parts.append(
-                judge.features(normalize(torch.from_numpy(data.images[start : start + 256])))
-            )
+            parts.append(judge.features(normalize(torch.tensor(data.images[start : start + 256]))))
         features = torch.cat(parts).numpy()
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.save(file, features)
@@ -101,7 +99,7 @@ def nearest(images: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
     best = torch.full((len(queries),), torch.inf)
     index, mirrored = torch.zeros(2, len(queries), dtype=torch.long)
     for start in range(0, len(reference.images), 1024):
-        pictures = normalize(torch.from_numpy(reference.images[start : start + 1024])).flatten(1)
+        pictures = normalize(torch.tensor(reference.images[start : start + 1024])).flatten(1)
         for mirror, query in enumerate((flat, flat_mirrored)):
             square = (
                 query.square().sum(dim=1, keepdim=True)

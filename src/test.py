@@ -23,6 +23,7 @@ from torch import Tensor
 from config import (
     ROOT,
     DataConfig,
+    FdSamples,
     SamplingConfig,
     Seed,
     Settings,
@@ -62,7 +63,7 @@ class TestConfig(Settings):
     """Seed of the first draw; the others follow."""
     prompt: str | None = None
     """Draw this scene instead, such as "red sphere, cyan cube"."""
-    num_fd_samples: Annotated[int, Field(ge=0, le=10**6)] = 2048
+    num_fd_samples: FdSamples = 2048
     """Pictures drawn for each seed's Frechet distance to the training pictures; 0: none."""
     judge: Path | None = None
     """A second evaluator, which scores instead of --evaluator; both figures are reported."""

@@ -74,7 +74,7 @@ class _Fixed(torch.nn.Module):
 
 @pytest.mark.parametrize("size", [32, 64, 100])
 def test_evaluate_resizes_and_counts(size):
-    judge = Evaluator(_Fixed(), "fixed", None)
+    judge = Evaluator(_Fixed(), "fixed", None, OBJECTS)
     images = torch.stack([torch.full((3, size, size), v) for v in (-0.5, 0.5, 0.5)])
     labels = torch.zeros(3, 24)
     labels[range(3), [0, 1, 0]] = 1
@@ -86,9 +86,9 @@ def test_evaluate_resizes_and_counts(size):
 def test_course_file_is_recognised_by_its_hash(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": build_evaluator().state_dict(), "epoch": 3}, path)
-    assert load_evaluator(path).name == "unknown weights"
+    assert load_evaluator(path, OBJECTS).name == "unknown weights"
     monkeypatch.setattr("evaluator.COURSE_BLOB", git_blob_hash(path))
-    assert load_evaluator(path).name == "course"
+    assert load_evaluator(path, OBJECTS).name == "course"
     assert len(COURSE_BLOB) == 40
     (tmp_path / "a").write_bytes(b"hello\n")
     assert git_blob_hash(tmp_path / "a") == "ce013625030ba8dba906f756967f9e9ca394464a"
@@ -121,7 +121,7 @@ def test_bad_files_are_refused(tmp_path, content, words):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(UserError, match=words) as caught:
-        load_evaluator(path)
+        load_evaluator(path, OBJECTS)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -132,7 +132,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
 
     torch.save({"model": Evil()}, tmp_path / "evaluator.pth")
     with pytest.raises(UserError, match="would run code"):
-        load_evaluator(tmp_path / "evaluator.pth")
+        load_evaluator(tmp_path / "evaluator.pth", OBJECTS)
     assert not (tmp_path / "was_run").exists()
 
 
@@ -168,8 +168,9 @@ def test_training_learns_and_writes_the_courses_format(tmp_path, monkeypatch, ca
     (folder / "train.json").write_text(json.dumps(entries))
     argv = ["--data_dir", str(folder), "--epochs", "8", "--batch_size", "9", "--held_out", "0.2"]
     info = train_evaluator.main([*argv, "--device", "cpu"])
-    assert info["held_out_pictures"] == 12 and info["held_out_accuracy"] >= 0.9
-    judge = load_evaluator(folder / "evaluator.pth")
+    assert info["held_out_pictures"] == 6 and info["held_out_accuracy"]["mean"] >= 0.9
+    assert info["held_out_exact_sets"]["mean"] == 1
+    judge = load_evaluator(folder / "evaluator.pth", OBJECTS)
     assert judge.name == "trained on data"  # "stand-in" where render.json lies
     images = torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, 1.0)])
     assert evaluate(judge, images, torch.eye(24)[:2]).accuracy == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_NETWORK, error_of
+from conftest import OBJECTS, SMALL_NETWORK, error_of
 from filelock import FileLock
 from PIL import Image
 
@@ -23,7 +23,7 @@ from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import SamplingConfig, TrainConfig
 from diffusion import picture_seeds, sample
 from evaluator import build_evaluator, evaluate, load_evaluator
-from guidance_scale import indistinguishable, summarise, verdict
+from guidance_scale import Draw, indistinguishable, summarise_sweep, verdict
 from train import update_ema
 
 
@@ -77,7 +77,7 @@ def test_preview_is_sampled_and_scored_by_the_one_function(trained):
     images, _ = sample(
         model, checkpoint.config.noise, labels, picture_seeds(0, 4), sampling, progress=False
     )
-    accuracy = evaluate(load_evaluator(data / "evaluator.pth"), images, labels).accuracy
+    accuracy = evaluate(load_evaluator(data / "evaluator.pth", OBJECTS), images, labels).accuracy
     records = map(json.loads, (output / "tiny" / "metrics.jsonl").read_text().splitlines())
     assert [r["preview_accuracy"] for r in records if "preview_accuracy" in r][-1] == accuracy
 
@@ -323,7 +323,7 @@ def test_failing_tracker_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
 def test_testing_needs_only_the_checkpoint(trained, tmp_path):
     data, output, path = trained
     argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
-            "--wandb", "disabled"]  # fmt: skip
+            "--num_fd_samples", 6, "--wandb", "disabled"]  # fmt: skip
     report = test.main([str(a) for a in argv])
     folder = tmp_path / "tiny" / "ddpm20-guidance3"
     for split in ("test", "new_test"):
@@ -346,19 +346,71 @@ def test_testing_needs_only_the_checkpoint(trained, tmp_path):
         ]
     )
     result = evaluate(bench.judge, images.float() / 127.5 - 1, bench.labels["test"])
-    assert int(result.correct.sum()) == report["correct"]["test"][0]
+    record = report["records"]["test"][0]
+    assert result.correct.tolist() == record["correct"]
+    assert result.exact.tolist() == record["exact"]
+    assert report["frechet_distance"]["mean"] > 0
+    assert len(report["nearest_rms"]) == 8
+    for name in ("confusion.png", "nearest.png"):
+        assert Image.open(folder / name).size[0] > 500
+    assert "exact_sets" in (folder / "figures.md").read_text()
 
 
 def test_several_seeds_give_mean_and_interval(trained, tmp_path):
     data, _, path = trained
     argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
             "--scheduler", "ddim", "--num_inference_steps", 5, "--num_seeds", 3,
-            "--wandb", "disabled"]  # fmt: skip
+            "--num_fd_samples", 0, "--wandb", "disabled"]  # fmt: skip
     report = test.main([str(a) for a in argv])
-    total = report["objects"]["test"]
-    mean = sum(c / total for c in report["correct"]["test"]) / 3
+    records = report["records"]["test"]
+    mean = np.mean([sum(r["correct"]) / sum(r["total"]) for r in records])
     assert report["accuracy"]["test"]["mean"] == pytest.approx(mean)
-    assert len(report["correct"]["test"]) == 3
+    assert len(records) == 3
+
+
+def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, tmp_path):
+    """Following the judge's gradient pleases that judge; every output says so."""
+    data, _, path = trained
+    train_evaluator.main(
+        ["--data_dir", str(data), "--epochs", "1", "--seed", "1", "--device", "cpu",
+         "--out", str(tmp_path / "second.pth")]
+    )  # fmt: skip
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--num_seeds", 2, "--num_fd_samples", 0, "--wandb", "disabled"]  # fmt: skip
+    guided = [*argv, "--classifier_guidance_scale", 20]
+    for scheduler in ("ddpm", "ddim"):
+        more = ["--scheduler", scheduler, "--num_inference_steps", 20]
+        report = test.main([str(a) for a in [*guided, *more]])
+        assert report["judge"] == "trained on data, guided by the judge"
+        folder = tmp_path / "tiny" / f"{scheduler}20-guidance3-guided_by_the_judge20"
+        assert "guided by the judge" in (folder / "figures.md").read_text()
+    assert "guided by the judge" in (tmp_path / "tiny" / "accuracies.md").read_text()
+
+    report = test.main([str(a) for a in [*guided, "--judge", tmp_path / "second.pth"]])
+    assert report["judge"] == "trained on data, seed 1, guided by the judge trained on data"
+    assert report["other_judge"]["judge"] == "trained on data"
+    assert set(report["other_judge"]["difference"]) == {"test", "new_test"}
+
+    # More of what it likes: the likelihood of the conditions, by the judge that guides.
+    bench = test.open_bench(path, test.DataConfig(data_dir=data), "cpu")
+    likelihoods = []
+    for strength in (0, 20):
+        sampling = test.SamplingConfig(classifier_guidance_scale=strength)
+        images = test.draw_splits(bench, sampling, 0)["test"][0]
+        likelihoods.append(bench.judge.log_likelihood(images, bench.labels["test"]).mean())
+    assert likelihoods[1] > likelihoods[0]
+
+
+def test_preview_reports_all_figures(trained, tmp_path):
+    data, _, _ = trained
+    train.main(
+        ["--data_dir", str(data), "--output_dir", str(tmp_path), "--epochs", "1", "--wandb",
+         "disabled", "--device", "cpu", "--preview_fd_samples", "6", *SMALL_NETWORK]
+    )  # fmt: skip
+    lines = (tmp_path / "ddpm-cfg-v1" / "metrics.jsonl").read_text().splitlines()
+    names = {"accuracy", "exact_sets", "missing", "extra", "color_errors", "shape_errors",
+             "frechet_distance"}  # fmt: skip
+    assert {f"preview_{name}" for name in names} <= json.loads(lines[-1]).keys()
 
 
 def test_prompt_draws_one_scene(trained, tmp_path):
@@ -399,7 +451,7 @@ def sweep_argv(trained, tmp_path):
     data, _, path = trained
     return [str(a) for a in [
         "--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
-        "--num_inference_steps", 5, "--scale_max", 3, "--scale_step", 1, "--num_seeds", 2,
+        "--num_fd_samples", 4, "--num_inference_steps", 5, "--scale_max", 3, "--scale_step", 1, "--num_seeds", 2,
         "--wandb", "disabled",
     ]]  # fmt: skip
 
@@ -411,7 +463,9 @@ def test_sweep_writes_table_chart_and_json(sweep_argv, tmp_path):
     with open(folder / "sweep.csv") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["guidance_scale"]) for row in rows] == [1, 2, 3]
-    assert float(rows[1]["test"]) == pytest.approx(report["rows"][1]["test"]["mean"], abs=1e-4)
+    assert float(rows[1]["test_accuracy"]) == pytest.approx(
+        report["rows"][1]["test"]["accuracy"]["mean"], abs=1e-4
+    )
     assert report["verdict"] in (folder / "sweep.md").read_text()
     assert Image.open(folder / "sweep.png").size[0] > 500
     assert json.loads((folder / "sweep.json").read_text())["best"] == report["best"]
@@ -425,7 +479,8 @@ def test_sweep_writes_table_chart_and_json(sweep_argv, tmp_path):
     test.main([*argv[:-2], "--scheduler", "ddpm", "--wandb", "disabled"])
     table = (tmp_path / "tiny" / "accuracies.md").read_text()
     assert "ddim5-guidance2" in table and "ddpm20-guidance3" in table
-    assert tested["accuracy"]["test"] == report["rows"][1]["test"]
+    assert tested["figures"]["test"] == report["rows"][1]["test"]
+    assert tested["frechet_distance"] == report["rows"][1]["frechet_distance"]
 
 
 def test_sweep_goes_on_where_it_was_interrupted(sweep_argv, tmp_path, monkeypatch):
@@ -490,33 +545,54 @@ def test_scale_ranges():
             scales(*flags)
 
 
+def fake_record(rng, asked, rate):
+    correct = rng.binomial(asked, rate)
+    zero = [0] * len(asked)
+    return {"total": asked, "correct": correct.tolist(),
+            "exact": (correct == asked).astype(int).tolist(), "missing": zero, "extra": zero,
+            "color_errors": zero, "shape_errors": zero}  # fmt: skip
+
+
+def test_best_scale_by_frechet_distance_is_the_smallest():
+    rng = np.random.default_rng(0)
+    asked = {"test": [1, 2], "new_test": [2, 3]}
+    draws = {
+        (scale, seed): Draw({s: fake_record(rng, asked[s], 0.5) for s in asked}, value + seed)
+        for scale, value in ((1.0, 5.0), (2.0, 3.0), (3.0, 9.0))
+        for seed in (0, 1)
+    }
+    summary = summarise_sweep(draws, [1.0, 2.0, 3.0], [0, 1])
+    assert summary["best"]["frechet_distance"] == {"scale": 2.0, "equals": []}
+    assert summary["rows"][2]["frechet_distance"]["mean"] == 9.5
+
+
 def test_best_scale_and_its_equals():
     """Scale 3 beats 1 on most pictures; 2 differs from 3 by noise only."""
     rng = np.random.default_rng(0)
-    totals = {"test": 72, "new_test": 84}
     asked = {"test": [1] * 6 + [2] * 12 + [3] * 14, "new_test": [2] * 12 + [3] * 20}
     rates = {1.0: 0.5, 2.0: 0.8, 3.0: 0.8}
     for seeds in ([0], [0, 1, 2, 3]):
         draws = {
-            (scale, seed): {s: rng.binomial(asked[s], rate).tolist() for s in totals}
+            (scale, seed): Draw({s: fake_record(rng, asked[s], rate) for s in asked})
             for scale, rate in rates.items()
             for seed in seeds
         }
-        summary = summarise(draws, [1.0, 2.0, 3.0], seeds, totals)
-        assert {summary["best"], *summary["not_distinguishable_from_best"]} == {2.0, 3.0}
-        assert f"over all pictures): {summary['not_distinguishable_from_best'][0]:g}" in verdict(
-            summary
-        )
+        summary = summarise_sweep(draws, [1.0, 2.0, 3.0], seeds)
+        best = summary["best"]["accuracy"]
+        assert {best["scale"], *best["equals"]} == {2.0, 3.0}
+        assert f"best by accuracy: guidance scale {best['scale']:g}" in verdict(summary)
+        assert f"95%): {best['equals'][0]:g}" in verdict(summary)
+        assert "best by exact sets" in verdict(summary) and "frechet" not in verdict(summary)
         for row in summary["rows"]:
             mean = np.mean(
                 [
-                    sum(draws[row["guidance_scale"], seed][s]) / totals[s]
-                    for s in totals
+                    sum(draws[row["guidance_scale"], seed].records[s]["correct"]) / sum(asked[s])
+                    for s in asked
                     for seed in seeds
                 ]
             )
-            assert row["mean"]["mean"] == pytest.approx(mean)
-            assert row["mean"]["low"] < mean < row["mean"]["high"]
+            assert row["mean"]["accuracy"]["mean"] == pytest.approx(mean)
+            assert row["mean"]["accuracy"]["low"] < mean < row["mean"]["accuracy"]["high"]
     shares = {1.0: np.array([0.5, 0.4, 0.5, 0.6]), 2.0: np.array([0.9, 1.0, 0.9, 0.8])}
     assert indistinguishable(shares, 2.0) == []
 

@@ -1,0 +1,54 @@
+"""The judge that comes with the repository, on pictures it has not seen."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import OBJECTS
+from PIL import Image
+
+from dataset import SHIPPED_EVALUATOR, SPLITS, encode_labels, normalize, read_conditions, resize
+from evaluator import evaluate, load_evaluator
+from image_cache import read_image
+from render_iclevr import NAMES, render_picture, sample_labels, sample_sequence
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "generated"
+COURSE = REFERENCE.parents[1] / "course"
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_evaluator(SHIPPED_EVALUATOR, OBJECTS)
+
+
+def test_it_knows_held_out_pictures(judge, tmp_path):
+    """Sequences from the end of the set, which its training left out."""
+    images, labels = [], []
+    for i in range(5950, 5975):
+        sequence = sample_sequence(0, i)
+        for count in (1, 2, 3):
+            path = tmp_path / "p.png"
+            Image.fromarray(render_picture(sequence, count)).save(path)
+            images.append(torch.tensor(read_image(path, 64)))
+            labels.append(encode_labels([NAMES[n] for n in sample_labels(0, i)[:count]], OBJECTS))
+    images, labels = normalize(torch.stack(images)), torch.stack(labels)
+    result = evaluate(judge, images, labels)
+    assert result.accuracy > 0.95 and result.exact.float().mean() > 0.9
+    # The same pictures under other labels are wrong, and it does not mind 32x32 ones.
+    assert evaluate(judge, images, labels.roll(1, dims=0)).accuracy < 0.6
+    assert evaluate(judge, resize(images, 32), labels).accuracy > 0.93
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="the reference pictures are not here")
+def test_it_judges_pictures_of_the_real_domain_like_the_courses(judge):
+    course = {"test": 0.8472, "new_test": 0.8690}
+    for split in SPLITS:
+        _, labels = read_conditions(COURSE, split, OBJECTS)
+        images = [read_image(REFERENCE / split / f"{i}.png", 64) for i in range(len(labels))]
+        images = normalize(torch.stack([torch.tensor(image) for image in images]))
+        assert abs(evaluate(judge, images, labels).accuracy - course[split]) <= 0.05
+
+
+def test_it_is_small():
+    assert os.path.getsize(SHIPPED_EVALUATOR) < 25e6
