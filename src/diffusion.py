@@ -263,6 +263,8 @@ def sample(
         pictures (N, 3, S, S) float32 in [-1, 1] on the CPU, and the kept x_t
         (num_intermediates, N, 3, S, S), clipped to [-1, 1] as well.
     """
+    if config.classifier_guidance_scale and guide is None:
+        raise ValueError("classifier_guidance_scale needs a guide")
     if len(labels) != len(seeds):
         raise ValueError(f"{len(labels)} labels but {len(seeds)} seeds")
     model.eval()

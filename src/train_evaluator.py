@@ -43,7 +43,7 @@ from intervals import proportion_interval
 class EvaluatorConfig(Settings):
     """Train the ResNet18 that judges pictures."""
 
-    epochs: PositiveInt = 24
+    epochs: PositiveInt = 20
     """Passes over the training pictures."""
     batch_size: PositiveInt = 64
     """Pictures of one step."""

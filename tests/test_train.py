@@ -451,7 +451,8 @@ def sweep_argv(trained, tmp_path):
     data, _, path = trained
     return [str(a) for a in [
         "--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
-        "--num_fd_samples", 4, "--num_inference_steps", 5, "--scale_max", 3, "--scale_step", 1, "--num_seeds", 2,
+        "--num_fd_samples", 4, "--num_inference_steps", 5, "--scale_max", 3, "--scale_step", 1,
+        "--num_seeds", 2,
         "--wandb", "disabled",
     ]]  # fmt: skip
 
