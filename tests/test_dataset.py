@@ -212,8 +212,17 @@ def test_course_files_come_before_the_stand_in(tmp_path, monkeypatch):
         found.data_dir == tmp_path / "data" / "standin" and found.evaluator.name == "evaluator.pth"
     )
     write_world(tmp_path / "data")
-    assert dataset.find_data(DataConfig()).evaluator is None
+    assert dataset.find_data(DataConfig()).evaluator == dataset.SHIPPED_EVALUATOR
     (tmp_path / "data" / "checkpoint.pth").touch()
     found = dataset.find_data(DataConfig())
     assert found.image_dir == tmp_path / "data" / "iclevr"
     assert found.evaluator == tmp_path / "data" / "checkpoint.pth"
+
+
+def test_the_judge_that_comes_along_serves_its_own_objects_only(world):
+    assert dataset.find_data(DataConfig(data_dir=world)).evaluator == dataset.SHIPPED_EVALUATOR
+    assert dataset.COURSE_OBJECTS == OBJECTS
+    (world / "objects.json").write_text(json.dumps({"red ball": 0}))
+    assert dataset.find_data(DataConfig(data_dir=world)).evaluator is None
+    (world / "evaluator.pth").write_bytes(b"")
+    assert dataset.find_data(DataConfig(data_dir=world)).evaluator == world / "evaluator.pth"
