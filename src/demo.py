@@ -60,7 +60,7 @@ class DemoConfig(Settings):
     """Everything from data to pictures, on the rendered stand-in."""
 
     quick: bool = False
-    """In miniature (under 3 minutes): shows that all stages work; the pictures are blobs."""
+    """In miniature (under 2 minutes): shows that all stages work; the pictures are blobs."""
     output_dir: Path = ROOT / "output"
     """Data, run and results go to folders in here."""
 

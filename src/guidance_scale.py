@@ -107,7 +107,7 @@ def sweep_key(config: SweepConfig, bench: Bench, sampling: SamplingConfig) -> st
         "judge": git_blob_hash(bench.judge.path),
         "guide": git_blob_hash(bench.guide.path) if sampling.classifier_guidance_scale else None,
         "fd": config.num_fd_samples if bench.reference else 0,
-        "training": bench.reference and bench.reference.labels.shape[0],
+        "training": bench.reference and bench.reference.key,
         "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
         "sampling": to_dict(replace(sampling, guidance_scale=0.0, batch_size=1)),
         "arithmetic": f"{device.type} {autocast_dtype(sampling.mixed_precision, device)}",
@@ -166,15 +166,15 @@ def picture_shares(draws: Draws, scale: float, seeds: list[int], figure: str) ->
     return np.concatenate(per_seed) * len(per_seed[0]) / len(SPLITS)
 
 
-def indistinguishable(values: dict[float, np.ndarray], best: float) -> list[float]:
-    """Scales that can't be told from the best one.
+def indistinguishable(values: dict[float, np.ndarray], best: float) -> list[float] | None:
+    """Scales that can't be told from the best one; None: a single draw tells none apart.
 
     The same picture is drawn from the same noise for every scale, so the differences are paired:
     a scale is told apart if the 95% t interval of its differences, value by value, excludes 0.
     The scales are not corrected for their number: of 20 equal ones, one may look worse.
     """
     if len(values[best]) < 2:  # one draw of something that is no mean over pictures
-        return [scale for scale in values if scale != best]
+        return None
     result = []
     for scale, these in values.items():
         difference = mean_interval(values[best] - these)
@@ -225,6 +225,8 @@ def verdict(summary: dict[str, Any]) -> str:
         how = "paired t, 95%"
         if len(summary["rows"]) == 1:
             text += ", the only one drawn"
+        elif best["equals"] is None:
+            text += "; from a single draw no scale can be told from another"
         elif best["equals"]:
             equals = ", ".join(f"{e:g}" for e in best["equals"])
             text += f"; not distinguishable from it ({how}): {equals}"
@@ -249,24 +251,25 @@ def cells(row: dict[str, Any]) -> dict[str, Interval]:
     return shown
 
 
-def write_tables(summary: dict[str, Any], text: str, folder: Path) -> None:
+def write_tables(summary: dict[str, Any], title: str, text: str, folder: Path) -> None:
     """sweep.csv for programs, sweep.md for people."""
     rows = {row["guidance_scale"]: cells(row) for row in summary["rows"]}
-    columns = list(next(iter(rows.values())))
     with atomic_write(folder / "sweep.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         ends = ("", "_low", "_high")
-        names = [name.replace(" ", "_") for name in columns]
-        writer.writerow(["guidance_scale", *(f"{name}{end}" for name in names for end in ends)])
+        names = [name.replace(" ", "_") for name in next(iter(rows.values()))]
+        columns = [f"{name}{end}" for name in names for end in ends]
+        writer.writerow(["guidance_scale", *columns, "about"])
         for scale, shown in rows.items():
             values = [v for i in shown.values() for v in (i.mean, i.low, i.high)]
-            writer.writerow([scale, *("" if v is None else f"{v:.4f}" for v in values)])
-    shown = [name for name in columns if not name.endswith(COUNTS)]
+            numbers = ["" if v is None else f"{v:.4f}" for v in values]
+            writer.writerow([scale, *numbers, title])
+    shown = [name for name in next(iter(rows.values())) if not name.endswith(COUNTS)]
     lines = [f"| guidance scale | {' | '.join(shown)} |", "|---:|" + "---:|" * len(shown)]
     for scale, row in rows.items():
         lines.append(f"| {scale:g} | {' | '.join(str(row[name]) for name in shown)} |")
     with atomic_write(folder / "sweep.md") as temporary:
-        temporary.write_text("\n".join([*lines, "", text, ""]), encoding="utf-8")
+        temporary.write_text("\n".join([title, "", *lines, "", text, ""]), encoding="utf-8")
 
 
 def draw_chart(summary: dict[str, Any], title: str, path: Path, floor: float | None) -> None:
@@ -321,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
     sampling = SamplingConfig(**vars(replace(config.sampling, num_inference_steps=steps)))
     name = f"{sampling.scheduler}{steps}-{sweep_key(config, bench, sampling)}"
+    name += "-guided_by_the_judge" if sampling.classifier_guidance_scale else ""
     folder = config.output_dir / bench.run_name / "guidance_scale" / name
     make_folder(folder)
     draws = read_draws(folder / "draws.jsonl")
@@ -329,7 +333,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{len(scales) * len(seeds) - len(todo)} draws are there already: {folder}")
 
     tracker = Tracker(
-        config.wandb, config.wandb_project, f"{bench.run_name}-guidance", folder, to_dict(config)
+        config.wandb,
+        config.wandb_project,
+        f"{bench.run_name}-guidance-{name}",
+        folder,
+        to_dict(config),
     )
     for scale, seed in tqdm(todo, desc="sweep", unit="draw"):
         splits = draw_splits(bench, replace(sampling, guidance_scale=scale), seed, progress=False)
@@ -358,9 +366,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **summary,
     }
     write_json(folder / "sweep.json", report)
-    write_tables(summary, text, folder)
     judge = bench.judge_name(sampling)
     title = f"{bench.run_name}: {sampling.scheduler}, {steps} steps, judge: {judge}"
+    write_tables(summary, title, text, folder)
     draw_chart(summary, title, folder / "sweep.png", floor)
 
     shown = [(row["guidance_scale"], cells(row)) for row in summary["rows"]]

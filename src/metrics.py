@@ -52,14 +52,13 @@ def count_interval(counts: np.ndarray) -> Interval:
     """Mean number per picture of counts (draws, pictures); no count is below 0.
 
     Student's t over the draws; over the pictures for one draw, and for draws that happen to be
-    equal.
+    equal; none where every count is the same.
     """
     per_draw = counts.mean(axis=1)
     if len(set(per_draw.tolist())) > 1:
         return _not_negative(mean_interval(per_draw))
-    if counts.size == 1:
-        value = float(counts.mean())
-        return Interval(value, value, value)
+    if len(set(counts.ravel().tolist())) == 1:  # nothing varies: no spread to tell from
+        return Interval(float(counts.mean()), None, None)
     return _not_negative(mean_interval(counts.ravel()))
 
 
@@ -76,7 +75,10 @@ def paired_difference(first: Sequence[Record], second: Sequence[Record], name: s
     key = {"accuracy": "correct", "exact_sets": "exact"}[name]
     a, b = (np.array([r[key] for r in records], dtype=float) for records in (first, second))
     weight = np.array(first[0]["total"]).mean() if name == "accuracy" else 1.0
-    interval = mean_interval((a - b).ravel() / weight)
+    difference = (a - b).ravel() / weight
+    if len(set(difference.tolist())) == 1:  # the judges agree everywhere
+        return Interval(float(difference[0]), None, None)
+    interval = mean_interval(difference)
     return Interval(interval.mean, max(interval.low, -1.0), min(interval.high, 1.0))
 
 

@@ -5,6 +5,7 @@ generated one.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
+from config import UserError
 from dataset import DataPaths, IclevrDataset, normalize, resize
 from diffusion import derive_seed
 from evaluator import IMAGE_SIZE, Evaluator, git_blob_hash
@@ -30,6 +32,8 @@ class Reference:
     """(N, K) multi-hot."""
     features: Tensor
     """(N, 512), the judge's."""
+    key: str = ""
+    """Hash of pictures and judge."""
 
 
 def load_reference(paths: DataPaths, judge: Evaluator) -> Reference:
@@ -52,7 +56,7 @@ def load_reference(paths: DataPaths, judge: Evaluator) -> Reference:
         features = torch.cat(parts).numpy()
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.save(file, features)
-    return Reference(data.images, data.labels, torch.from_numpy(features))
+    return Reference(data.images, data.labels, torch.from_numpy(features), key)
 
 
 def draw_conditions(reference: Reference, count: int, seed: int) -> Tensor:
@@ -67,16 +71,24 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     Heusel et al. 2017 (FID), equation 6, on whatever features these are; computed by
     torchmetrics. It grows as M shrinks: compare only distances of equally many pictures.
     """
+    if min(len(real), len(generated)) < 2:
+        raise UserError(
+            f"a Frechet distance needs two pictures on each side, not {len(real)} training "
+            f"pictures and {len(generated)} drawn ones; switch it off with --num_fd_samples 0"
+        )
     metric = FrechetInceptionDistance(torch.nn.Identity(), input_img_size=(real.shape[1],))
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
-    return max(0.0, float(metric.compute()))
+    distance = float(metric.compute())
+    if not math.isfinite(distance):
+        raise UserError("the Frechet distance is not finite: the judge's features are damaged")
+    return max(0.0, distance)
 
 
 def frechet_floor(reference: Reference, count: int, seed: int) -> float:
     """Frechet distance that `count` real training pictures themselves have from all of them.
 
-    They are drawn as `draw_conditions` draws, so this is what a perfect network would get.
+    About what a perfect network would get; slightly less, as they are among the reference.
     """
     rng = np.random.default_rng(derive_seed(seed, 3, 1))
     chosen = torch.from_numpy(rng.integers(0, len(reference.features), count))

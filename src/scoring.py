@@ -1,5 +1,6 @@
 """A trained network on the bench: with its judge and both test splits, drawn and scored."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,10 +77,11 @@ def open_bench(
     model = load_model(checkpoint, ckpt_path, device)
     print(f"judge: {judge.name}, threshold {judge.threshold:.2f}, {judge.path}")
     reference = None
-    if with_reference and (paths.data_dir / "train.json").exists() and paths.image_dir.is_dir():
-        reference = load_reference(paths, judge)
-    elif with_reference:
-        print(f"no Frechet distance, no nearest pictures: {paths.image_dir} is not there")
+    if with_reference:
+        try:
+            reference = load_reference(paths, judge)
+        except UserError as error:  # scoring the conditions needs no training pictures
+            print(f"no Frechet distance, no nearest pictures: {error}", file=sys.stderr)
     return Bench(checkpoint, model, judge, guide, labels, paths, reference)
 
 

@@ -94,16 +94,18 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     names = parse_prompt(config.prompt, bench.checkpoint.objects)
     images = draw_strip(bench, config.sampling, names, config.seed)
     name = "_".join(names).replace(" ", "-")
+    strength = config.sampling.classifier_guidance_scale
     if len(name) > 150:  # file systems allow 255 bytes
         name = f"{len(names)}-objects-{zlib.crc32(name.encode()):08x}"
-    path = folder / "prompt" / f"{name}_seed{config.seed}.png"
+    guided = f"_guided_by_the_judge{strength:g}" if strength else ""
+    path = folder / "prompt" / f"{name}_seed{config.seed}{guided}.png"
     save_image(images[-1], path)
     save_image(strip(images), path.with_name(f"{path.stem}_steps.png"))
     scores = bench.judge.scores(images[-1:])[0]
-    detected = torch.zeros_like(scores)
-    detected[scores.topk(len(names)).indices] = 1
-    seen = ", ".join(decode_labels(detected, bench.checkpoint.objects))
-    print(f"asked for: {', '.join(names)}\njudge sees: {seen}\n{path}")
+    detected = (scores >= bench.judge.threshold).float()
+    seen = ", ".join(decode_labels(detected, bench.checkpoint.objects)) or "nothing"
+    judge = bench.judge_name(config.sampling)
+    print(f"asked for: {', '.join(names)}\njudge ({judge}) sees: {seen}\n{path}")
     return path
 
 
@@ -195,8 +197,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
         )
     if len(judges) > 1:
         guide = {split: summarise(records[1][split]) for split in SPLITS}
+        guide_name = replace(bench, judge=bench.guide).judge_name(sampling)
         report["other_judge"] = {
-            "judge": bench.guide.name,
+            "judge": guide_name,
             "figures": {s: {k: vars(v) for k, v in guide[s].items()} for s in SPLITS},
             "difference": {
                 split: {
@@ -206,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
                 for split in SPLITS
             },
         }
-        text.append(f"by {bench.guide.name} (--evaluator):\n\n{table(guide)}")
+        text.append(f"by {guide_name} (--evaluator):\n\n{table(guide)}")
         for split in SPLITS:
             by = paired_difference(records[1][split], records[0][split], "accuracy")
             text.append(f"{split} accuracy: {bench.guide.name} minus {bench.judge.name}: {by}")
@@ -252,7 +255,10 @@ def write_comparison(run_folder: Path) -> str:
                 distance += f" ({report['num_fd_samples']})"
             about = f"{report['step']} | {report['num_seeds']} | {report['judge']}"
         except (UserError, KeyError, TypeError):
-            print(f"warning: {path} is damaged; left out of the table", file=sys.stderr)
+            print(
+                f"warning: {path} is damaged or of an older version; left out of the table",
+                file=sys.stderr,
+            )
             continue
         lines.append(f"| {path.parent.name} | {about} | {' | '.join(cells)} | {distance} |")
     text = "\n".join(lines) + "\n"

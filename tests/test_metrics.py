@@ -113,7 +113,7 @@ def test_count_intervals():
     t = stats.ttest_1samp([0, 1, 1, 2], 0).confidence_interval()
     assert count_interval(np.array([[0, 1, 1, 2]])).high == pytest.approx(t.high)
     assert count_interval(np.array([[0, 0], [2, 2]])).low == 0
-    assert count_interval(np.array([[3]])) == Interval(3, 3, 3)
+    assert count_interval(np.array([[3]])) == Interval(3, None, None)
 
 
 def test_frechet_distance_equals_the_formula():

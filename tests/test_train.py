@@ -388,7 +388,7 @@ def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, 
 
     report = test.main([str(a) for a in [*guided, "--judge", tmp_path / "second.pth"]])
     assert report["judge"] == "trained on data, seed 1, guided by the judge trained on data"
-    assert report["other_judge"]["judge"] == "trained on data"
+    assert report["other_judge"]["judge"] == "trained on data, guided by the judge"
     assert set(report["other_judge"]["difference"]) == {"test", "new_test"}
 
     # More of what it likes: the likelihood of the conditions, by the judge that guides.
