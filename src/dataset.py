@@ -15,17 +15,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from config import ROOT, DataConfig, UserError
 from files import read_json
 from image_cache import load_images
+from render_iclevr import NAMES
 
 Mode = Literal["train", "test", "new_test"]
 SPLITS = ("test", "new_test")
 SHIPPED_EVALUATOR = ROOT / "data" / "standin" / "evaluator.pth"
 """The judge that comes with the repository, trained on the stand-in."""
-_SHAPES = ("cube", "sphere", "cylinder")
-_COLORS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
-COURSE_OBJECTS = {
-    f"{c} {s}": 8 * i + j for i, s in enumerate(_SHAPES) for j, c in enumerate(_COLORS)
-}
-"""The course's objects.json: name -> 8 * shape + color."""
 HOW_TO_GET_DATA = (
     "put the course's objects.json, train.json, test.json, new_test.json and iclevr/ there, "
     "or render a stand-in with: python src/render_iclevr.py"
@@ -60,8 +55,10 @@ def find_data(config: DataConfig) -> DataPaths:
     if evaluator is None:
         weights = [data_dir / "checkpoint.pth", data_dir / "evaluator.pth", SHIPPED_EVALUATOR]
         evaluator = next((path for path in weights if path.exists()), None)
-        if evaluator == SHIPPED_EVALUATOR and read_objects(data_dir) != COURSE_OBJECTS:
-            evaluator = None  # it knows no other objects
+        if evaluator == SHIPPED_EVALUATOR and read_objects(data_dir) != {
+            name: n for n, name in enumerate(NAMES)
+        }:
+            evaluator = None  # it knows no other objects than the stand-in's
     return DataPaths(
         data_dir,
         config.image_dir or data_dir / "iclevr",

@@ -20,13 +20,15 @@ def pick_device(name: str | None = None) -> torch.device:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    # What torch raises for an unknown name, a build without CUDA, and a backend that is not there.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: {why}; leave it out for the best there is") from None
-    if device.type == "meta":
-        raise UserError("--device meta: computes nothing; leave it out for the best there is")
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; use cuda, mps or cpu") from None
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 0)
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name}: not there; leave it out for the best there is")
     return device
 
 

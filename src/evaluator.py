@@ -46,18 +46,18 @@ class Evaluator:
     objects: dict[str, int]
     threshold: float = 0.5
 
+    def _pooled(self, images: Tensor) -> Tensor:
+        """(N, 3, 64, 64) -> (N, 512): all of ResNet18 but its last layer."""
+        for part in list(self.model.children())[:-1]:
+            images = part(images)
+        return images.flatten(1)
+
     @torch.no_grad()
     def features(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """Pooled features (N, 512) on the CPU, what the last layer sees, of (N, 3, H, W)."""
         device = next(self.model.parameters()).device
-        parts = list(self.model.children())[:-1]  # all of ResNet18 but its last layer
-        features = []
-        for batch in images.split(batch_size):
-            x = resize(batch.to(device), IMAGE_SIZE)
-            for part in parts:
-                x = part(x)
-            features.append(x.flatten(1).float().cpu())
-        return torch.cat(features)
+        batches = (resize(batch.to(device), IMAGE_SIZE) for batch in images.split(batch_size))
+        return torch.cat([self._pooled(batch).float().cpu() for batch in batches])
 
     @torch.no_grad()
     def scores(self, images: Tensor, batch_size: int = 256) -> Tensor:
@@ -79,14 +79,8 @@ class Evaluator:
             images: (N, 3, H, W) in [-1, 1], on the judge's device.
             labels: (N, K) multi-hot.
         """
-        linear = self.model.fc[0]
-        hook = linear.register_forward_hook(lambda _module, _input, output: kept.append(output))
-        kept: list[Tensor] = []
-        try:
-            self.model(resize(images, IMAGE_SIZE))
-        finally:
-            hook.remove()
-        return -F.binary_cross_entropy_with_logits(kept[0], labels, reduction="none").sum(dim=1)
+        logits = self.model.fc[0](self._pooled(resize(images, IMAGE_SIZE)))
+        return -F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(dim=1)
 
 
 def load_evaluator(

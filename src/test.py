@@ -186,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
             f"Frechet distance, {config.num_fd_samples} pictures: {frechet_interval(frechet)}; "
             f"of as many training pictures: {frechet_interval(floor)}"
         )
+    (folder / "nearest.png").unlink(missing_ok=True)  # of an earlier test
     if bench.reference is not None:
         images = torch.cat(first)
         found, rms = nearest(images, bench.reference)

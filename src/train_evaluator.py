@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -110,12 +111,10 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(x.shape, device=x.device, generator=generator)
     x = (x + tint + noise * uniform(0, 0.06)).clamp(-1, 1)
 
-    quality = (
-        uniform(-200, 100).view(n).long().tolist()
-    )  # JPEG for about a quarter, of quality 20 to 100
-    for i, q in enumerate(quality):
-        if q >= 20:
-            x[i] = normalize(TF.jpeg(to_uint8(x[i]), q))
+    # JPEG, which torchvision knows on the CPU only, for about a quarter: quality 20 to 100.
+    for i, quality in enumerate(uniform(-200, 100).view(n).long().tolist()):
+        if quality >= 20:
+            x[i] = normalize(TF.jpeg(to_uint8(x[i].cpu()), quality)).to(x.device)
     return x
 
 
@@ -177,12 +176,13 @@ def main(argv: list[str] | None = None) -> dict:
     }
     model.load_state_dict(weights)
     judge = Evaluator(model.eval().requires_grad_(False), name, out, dataset.objects)
-    half = (len(held_out) + 1) // 2
-    scores = judge.scores(normalize(torch.from_numpy(dataset.images[held_out[:half]])))
-    judge = replace(judge, threshold=calibrate(scores, dataset.labels[held_out[:half]]))
-    tested = held_out[half:] or held_out
-    images, labels = torch.from_numpy(dataset.images[tested]), dataset.labels[tested]
-    result = evaluate(judge, normalize(images), labels)
+    held_out = np.array(held_out)
+    first, second = split_by_sequence([dataset.names[i] for i in held_out], 0.5)
+    calibration, tested = held_out[first or second], held_out[second]
+    scores = judge.scores(normalize(torch.from_numpy(dataset.images[calibration])))
+    judge = replace(judge, threshold=calibrate(scores, dataset.labels[calibration]))
+    images = normalize(torch.from_numpy(dataset.images[tested]))
+    result = evaluate(judge, images, dataset.labels[tested])
     accuracy = proportion_interval(int(result.correct.sum()), int(result.total.sum()))
     exact = proportion_interval(int(result.exact.sum()), len(tested))
     info = {
