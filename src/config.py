@@ -37,9 +37,18 @@ def _no_single(count: int) -> int:
 FdSamples = Annotated[int, Field(ge=0, le=10**6), AfterValidator(_no_single)]
 """Number of pictures for a Frechet distance; 0: none."""
 
+
+def _in_order(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] >= interval[1]:
+        raise ValueError("the first number must be below the second")
+    return interval
+
+
+Interval = Annotated[tuple[Probability, Probability], AfterValidator(_in_order)]
+
 Precision = Literal["auto", "no", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
-SchedulerName = Literal["ddpm", "ddim"]
+SchedulerName = Literal["ddpm", "ddim", "dpmpp", "unipc"]
 DownBlockType = Literal["DownBlock2D", "AttnDownBlock2D"]
 UpBlockType = Literal["UpBlock2D", "AttnUpBlock2D"]
 
@@ -129,11 +138,15 @@ class SamplerConfig(Settings):
     """How pictures are drawn, but for the guidance scale."""
 
     scheduler: SchedulerName = "ddpm"
-    """ddpm (Ho et al. 2020) or ddim (Song et al. 2021)."""
+    """ddpm (Ho et al. 2020), ddim (Song et al. 2021), or a solver of second order for few steps:
+    dpmpp (DPM-Solver++(2M), Lu et al. 2022) or unipc (Zhao et al. 2023)."""
     num_inference_steps: PositiveInt | None = None
-    """Denoising steps (default: all trained timesteps for ddpm, 50 for ddim)."""
+    """Denoising steps (default: all trained timesteps for ddpm, 50 for ddim, 12 for solvers)."""
     eta: Probability = 0.0
     """Noise of a ddim step: 0 is deterministic, 1 as much as ddpm."""
+    guidance_interval: Interval = (0.0, 1.0)
+    """Guide only where t / T lies in here, the rest is plain conditional and costs half
+    (Kynkaanniemi et al. 2024)."""
     batch_size: PositiveInt = 64
     """Pictures drawn at a time; the pictures do not depend on it."""
     classifier_guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 0.0

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,17 +24,24 @@ from config import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
 from device import autocast, autocast_dtype
 from evaluator import Evaluator
 
-SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+# Scheduler and what it takes beside the schedule; clip_sample=False as in the original.
+SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "dpmpp": (DPMSolverMultistepScheduler, {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+}
 
 
-def make_scheduler(config: SchedulerConfig, name: str = "ddpm") -> DDPMScheduler | DDIMScheduler:
+def make_scheduler(config: SchedulerConfig, name: str = "ddpm") -> SchedulerMixin:
     """diffusers' scheduler `name` with the schedule the network was trained with."""
-    return SCHEDULERS[name](
+    scheduler, extra = SCHEDULERS[name]
+    return scheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
         timestep_spacing=config.timestep_spacing,
-        clip_sample=False,  # as in the original
+        **extra,
     )
 
 
@@ -196,40 +209,47 @@ def check_steps(
 ) -> int:
     """Denoising steps of a sampling run: those asked for, if they make sense, or the default.
 
-    The default is all T trained steps for ddpm, and about 50 for ddim.
+    The default is all T trained steps for ddpm, about 50 for ddim and about 12 for the solvers.
 
     Raises:
         UserError: more steps than were trained; a number at which diffusers' timesteps step
             unevenly or begin far from noise; eta without ddim.
     """
-    if config.eta and config.scheduler != "ddim":
+    name = config.scheduler
+    if config.eta and name != "ddim":
         raise UserError(f"--eta {config.eta:g}: only --scheduler ddim knows it")
     total = noise.num_train_timesteps
-    alphas_cumprod = make_scheduler(noise).alphas_cumprod
+    scheduler = make_scheduler(noise, name)
 
     def why_not(steps: int) -> str | None:
-        # "leading" counts in strides of T // n from 0, and so does a DDIM step whatever the
-        # spacing: with T = 500 and n = 300 sampling would begin at t = 299, not in noise.
-        leading = noise.timestep_spacing == "leading"
-        if total % steps and (leading or config.scheduler == "ddim"):
+        # DDPM and DDIM count in strides of T // n from 0 with "leading", and so does a DDIM step
+        # whatever the spacing: with T = 500 and n = 300 sampling would begin at t = 299.
+        strides = name == "ddim" or (name == "ddpm" and noise.timestep_spacing == "leading")
+        if strides and total % steps:
             return f"does not divide the {total} trained timesteps"
-        first = (steps - 1) * (total // steps) if leading else total - 1
-        if alphas_cumprod[first] - alphas_cumprod[-1] > 0.1:
-            return f"too few: sampling would begin at t = {first} of {total}, not in noise"
+        scheduler.set_timesteps(steps)
+        if len(scheduler.timesteps) != steps or scheduler.timesteps.min() < 0:
+            # "trailing" adds up 500 / 61 and, by rounding, comes past 0: t = -1.
+            return f"diffusers' timesteps for it leave the {total} trained ones"
+        first = int(scheduler.timesteps[0])
+        if scheduler.alphas_cumprod[first] - scheduler.alphas_cumprod[-1] > 0.1:
+            return f"sampling would begin at t = {first} of {total}, not in noise"
         return None
 
-    possible = [n for n in range(1, total + 1) if why_not(n) is None]
     steps = config.num_inference_steps
-    if steps is None:
-        if config.scheduler == "ddpm":
-            return total
-        return min((n for n in possible if n >= 20), key=lambda n: abs(n - 50), default=total)
-    if steps > total:
+    if steps is None and name == "ddpm":
+        return total
+    wanted = steps or (50 if name == "ddim" else 12)
+    if wanted > total and steps is not None:
         raise UserError(f"{flag} {steps}: the network knows {total} timesteps; use at most that")
-    if reason := why_not(steps):
-        near = min(possible, key=lambda n: abs(n - steps))
-        raise UserError(f"{flag} {steps}: {reason}; the nearest that works is {near}")
-    return steps
+    if wanted <= total and (reason := why_not(wanted)) is None:
+        return wanted
+    by_distance = sorted(range(1, total + 1), key=lambda n: abs(n - wanted))
+    possible = (n for n in by_distance if why_not(n) is None)
+    if steps is None:
+        return next((n for n in possible if n >= 0.4 * wanted), total)
+    near = next(possible)
+    raise UserError(f"{flag} {steps}: {reason}; the nearest that works is {near}")
 
 
 @torch.no_grad()
@@ -273,7 +293,7 @@ def sample(
     size = model.image_size
     steps = check_steps(noise, config)
     scheduler = make_scheduler(noise, config.scheduler)
-    extra = {"eta": config.eta} if config.scheduler == "ddim" else {}
+    first, last = config.guidance_interval
     kept_steps = np.linspace(0, steps, num_intermediates).round().astype(int).tolist()
 
     pictures, intermediates = [], []
@@ -285,19 +305,26 @@ def sample(
             batch = slice(start, start + config.batch_size)
             y = labels[batch].to(device)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
+            extra = {  # the solvers draw nothing
+                "ddpm": {"generator": generators},
+                "ddim": {"generator": generators, "eta": config.eta},
+            }.get(config.scheduler, {})
             x_t = torch.cat([torch.randn(1, 3, size, size, generator=g) for g in generators])
             x_t = x_t.to(device)
             scheduler.set_timesteps(steps)
             kept = [x_t.cpu()] * kept_steps.count(0)
             for done, t in enumerate(scheduler.timesteps, start=1):
+                guided = first <= t / noise.num_train_timesteps <= last
                 with autocast(device, dtype):
-                    prediction = guided_noise(model, x_t, t.to(device), y, config.guidance_scale)
+                    prediction = guided_noise(
+                        model, x_t, t.to(device), y, config.guidance_scale if guided else 1.0
+                    )
                 if config.classifier_guidance_scale:
                     prediction = judge_guidance(
                         prediction, x_t, t, y, scheduler, noise, guide,
                         config.classifier_guidance_scale,
                     )  # fmt: skip
-                x_t = scheduler.step(prediction, t, x_t, generator=generators, **extra).prev_sample
+                x_t = scheduler.step(prediction, t, x_t, **extra).prev_sample
                 kept += [x_t.cpu()] * kept_steps.count(done)
                 bar.update()
             pictures.append(x_t.cpu())

@@ -235,6 +235,8 @@ def folder_name(sampling: SamplingConfig) -> str:
     strength = sampling.classifier_guidance_scale
     name = f"{sampling.scheduler}{sampling.num_inference_steps}-guidance{sampling.guidance_scale:g}"
     name += f"-eta{sampling.eta:g}" if sampling.eta else ""
+    if sampling.guidance_interval != (0, 1):
+        name += "-interval{:g}-{:g}".format(*sampling.guidance_interval)
     return name + (f"-guided_by_the_judge{strength:g}" if strength else "")
 
 

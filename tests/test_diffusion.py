@@ -155,26 +155,89 @@ def test_sampling_equals_the_equations(name, steps, eta):
         torch.testing.assert_close(images[i : i + 1].double(), expected, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+LOOPS = {
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+    "dpmpp": (diffusers.DPMSolverMultistepScheduler, {}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_sampling_equals_a_plain_diffusers_loop(name, kind):
     noise = replace(NOISE, prediction_type=kind, timestep_spacing="trailing")
     model, y = LinearModel(), labels_of(4)
     config = replace(FLOAT, scheduler=name, num_inference_steps=10, guidance_scale=1.0)
     images, _ = sample(model, noise, y, [11], config, progress=False)
-    kind_of = diffusers.DDPMScheduler if name == "ddpm" else diffusers.DDIMScheduler
+    kind_of, extra = LOOPS[name]
     scheduler = kind_of(
-        20, beta_schedule="squaredcos_cap_v2", clip_sample=False, prediction_type=kind,
-        timestep_spacing="trailing",
+        20, beta_schedule="squaredcos_cap_v2", prediction_type=kind, timestep_spacing="trailing",
+        **extra,
     )  # fmt: skip
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[0] == 19
     g = torch.Generator().manual_seed(11)
+    draws = {"generator": g} if name in ("ddpm", "ddim") else {}
     x = torch.randn(1, 3, 8, 8, generator=g)
     with torch.no_grad():
         for t in scheduler.timesteps:
-            x = scheduler.step(model(x, t, y), t, x, generator=g).prev_sample
+            x = scheduler.step(model(x, t, y), t, x, **draws).prev_sample
     assert torch.equal(images, x.clamp(-1, 1))
+
+
+class KnowsItsGaussian(LinearModel):
+    """The perfect network for pixels that are normally distributed, N(MEAN, STD^2)."""
+
+    MEAN, STD = 0.3, 0.3
+
+    def __init__(self, noise):
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x_t, t, labels):
+        alpha_bar = make_scheduler(self.noise).alphas_cumprod.double()[int(t)]
+        a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        away = (x_t.double() - a * self.MEAN) / (a**2 * self.STD**2 + s**2)
+        x_0, eps = self.MEAN + a * self.STD**2 * away, s * away
+        return (a * eps - s * x_0 if self.noise.prediction_type == "v_prediction" else eps).float()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_samplers_follow_the_probability_flow_ode(kind, spacing):
+    """For Gaussian pixels its solution is known: x_T's quantile becomes x_0's (Song et al. 2021,
+    Score-based generative modeling, section 4.3)."""
+    noise = SchedulerConfig(prediction_type=kind, timestep_spacing=spacing)
+    model = KnowsItsGaussian(noise)
+    x_T = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    exact = (model.MEAN + model.STD * x_T).clamp(-1, 1)
+
+    def error(name, steps):
+        config = replace(FLOAT, scheduler=name, num_inference_steps=steps, guidance_scale=1.0)
+        images, _ = sample(model, noise, torch.zeros(1, 24), [3], config, progress=False)
+        return (images - exact).abs().max().item()
+
+    assert error("ddim", 500) < 0.006
+    assert 1.7 < error("ddim", 50) / error("ddim", 100) < 2.3  # first order
+    for name in ("dpmpp", "unipc"):
+        assert error(name, 24) < min(0.02, error("ddim", 100))
+        assert error(name, 12) / error(name, 24) > 3  # second order
+
+
+def test_guidance_interval_costs_half_outside():
+    """Noise levels t / T = .95, .85 ... .05: the middle ones are guided."""
+    noise = replace(NOISE, timestep_spacing="trailing")
+    model, y = LinearModel(), labels_of(3)
+    config = replace(FLOAT, scheduler="ddim", num_inference_steps=10)
+    whole, _ = sample(model, noise, y, [1], config, progress=False)
+    assert model.calls == [2] * 10
+    model.calls.clear()
+    part, _ = sample(
+        model, noise, y, [1], replace(config, guidance_interval=(0.3, 0.8)), progress=False
+    )
+    assert model.calls == [1] * 2 + [2] * 5 + [1] * 3
+    assert not torch.equal(part, whole)
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +253,12 @@ def network():
     return DiffusionModel(config).eval()
 
 
-@pytest.mark.parametrize(("name", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "eta"),
+    [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("dpmpp", 0.0), ("unipc", 0.0)],
+)
 def test_a_picture_does_not_depend_on_the_batch(network, name, eta):
-    noise = replace(NOISE, prediction_type="v_prediction")
+    noise = replace(NOISE, prediction_type="v_prediction", timestep_spacing="trailing")
     y, seeds = labels_of(*range(7)), picture_seeds(0, 7)
     config = replace(FLOAT, scheduler=name, eta=eta, num_inference_steps=10)
     together, _ = sample(network, noise, y, seeds, config, progress=False)
@@ -244,7 +310,7 @@ def test_sampling_undoes_the_scaling():
         def forward(self, x_t, t, labels):
             return scale(picture, config).expand(len(x_t), -1, -1, -1)
 
-    for name in ("ddpm", "ddim"):
+    for name in LOOPS:
         sampling = replace(FLOAT, scheduler=name, num_inference_steps=10)
         images, kept = sample(Knows(), config, labels_of(0), [1], sampling, 3, progress=False)
         torch.testing.assert_close(images, picture, atol=2e-3, rtol=0)
@@ -261,10 +327,16 @@ def test_sampling_undoes_the_scaling():
         (509, "leading", "ddim", None, 509),  # a prime: no other number divides it
         (500, "trailing", "ddpm", 300, 300),
         (500, "trailing", "ddim", 1, 1),
+        (500, "trailing", "dpmpp", None, 12),
+        (500, "trailing", "unipc", 7, 7),
+        (8, "trailing", "dpmpp", None, 8),
+        (500, "leading", "unipc", 300, "300: sampling would begin at t = 300 .* 249"),
+        (500, "trailing", "dpmpp", 61, "61: diffusers' timesteps .* 6[02]"),
+        (500, "trailing", "ddpm", 61, "61: diffusers' timesteps .* 6[02]"),
         (500, "leading", "ddpm", 501, "501: the network knows 500"),
         (500, "leading", "ddpm", 300, "300: does not divide .* 250"),
         (500, "trailing", "ddim", 30, "30: does not divide"),
-        (500, "leading", "ddim", 2, "2: too few: sampling would begin at t = 250"),
+        (500, "leading", "ddim", 2, "2: sampling would begin at t = 250"),
     ],
 )
 def test_step_counts_that_miss_the_start_are_refused(total, spacing, name, steps, expected):
