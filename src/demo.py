@@ -20,7 +20,7 @@ import render_iclevr
 import test
 import train
 from checkpoint import load_checkpoint
-from config import ROOT, SamplingConfig, Settings, parse_args, run
+from config import ROOT, Settings, parse_args, run
 from dataset import SHIPPED_EVALUATOR
 from files import read_json, write_json
 
@@ -122,13 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = f"--ckpt_path {shlex.quote(str(checkpoint))} {data_flag} --wandb offline"
     common += f" --num_fd_samples {size['fd']}"
     results = f"--output_dir {shlex.quote(str(output / 'result'))}"
-    tested = result / test.folder_name(parse_args(SamplingConfig, shlex.split(SAMPLING)))
-    stages.run(
-        test,
-        f"{common} {results} {SAMPLING} --num_seeds {size['seeds']}",
-        tested / "accuracies.json",
-        [checkpoint, SHIPPED_EVALUATOR],
-    )
+    flags = f"{common} {results} {SAMPLING} --num_seeds {size['seeds']}"
+    tested = result / test.folder_name(parse_args(test.TestConfig, shlex.split(flags)))
+    stages.run(test, flags, tested / "accuracies.json", [checkpoint, SHIPPED_EVALUATOR])
     # Always: the sweep keeps its own draws, and makes only those that are missing.
     stages.run(
         guidance_scale, f"{common} {results} {SAMPLER} {size['sweep']}", result / "never", []

@@ -7,6 +7,7 @@ generated one.
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,33 +31,39 @@ class Reference:
     """(N, 3, 64, 64) uint8, memory-mapped."""
     labels: Tensor
     """(N, K) multi-hot."""
-    features: Tensor
-    """(N, 512), the judge's."""
-    key: str = ""
+    judge: Evaluator
+    key: str
     """Hash of pictures and judge."""
+    cache_dir: Path
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(N, 512), the judge's; computed when first asked for, and kept in the cache folder."""
+        path = self.cache_dir / f"features-{self.key[:16]}.npy"
+        try:
+            features = np.load(path)
+            if features.shape[0] != len(self.images):
+                raise ValueError
+        except (OSError, ValueError, EOFError):
+            parts = []
+            for start in tqdm(range(0, len(self.images), 256), desc="features", unit="batch"):
+                batch = torch.tensor(self.images[start : start + 256])
+                parts.append(self.judge.features(normalize(batch)))
+            features = torch.cat(parts).numpy()
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, features)
+        return torch.from_numpy(features)
 
 
 def load_reference(paths: DataPaths, judge: Evaluator) -> Reference:
-    """Training pictures and their features; these are kept in the cache folder.
+    """Training pictures, and what their features depend on.
 
     Raises:
         UserError: train.json or pictures missing or damaged.
     """
     data = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir)
     key = hashlib.sha256(f"{data.cache.name} {git_blob_hash(judge.path)}".encode()).hexdigest()
-    path = Path(data.cache).parent / f"features-{key[:16]}.npy"
-    try:
-        features = np.load(path)
-        if features.shape[0] != len(data):
-            raise ValueError
-    except (OSError, ValueError, EOFError):
-        parts = []
-        for start in tqdm(range(0, len(data), 256), desc="features", unit="batch"):
-            parts.append(judge.features(normalize(torch.tensor(data.images[start : start + 256]))))
-        features = torch.cat(parts).numpy()
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, features)
-    return Reference(data.images, data.labels, torch.from_numpy(features), key)
+    return Reference(data.images, data.labels, judge, key, Path(data.cache).parent)
 
 
 def draw_conditions(reference: Reference, count: int, seed: int) -> Tensor:

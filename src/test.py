@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     make_folder(run_folder)
     if config.prompt is not None:
         return draw_prompt(bench, config, run_folder)
-    name = folder_name(sampling) + (f"-seed{config.seed}" if config.seed else "")
+    name = folder_name(config)
     folder = run_folder / name
     tracker = Tracker(
         config.wandb, config.wandb_project, f"{bench.run_name}-{name}", run_folder, to_dict(config)
@@ -230,14 +230,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     return report
 
 
-def folder_name(sampling: SamplingConfig) -> str:
-    """Such as ddim50-guidance3: results of other ways of sampling stay side by side."""
+def folder_name(config: TestConfig) -> str:
+    """Such as ddim50-guidance3: other sampling, seeds and judges have other names, side by side."""
+    sampling = config.sampling
     strength = sampling.classifier_guidance_scale
     name = f"{sampling.scheduler}{sampling.num_inference_steps}-guidance{sampling.guidance_scale:g}"
     name += f"-eta{sampling.eta:g}" if sampling.eta else ""
     if sampling.guidance_interval != (0, 1):
         name += "-interval{:g}-{:g}".format(*sampling.guidance_interval)
-    return name + (f"-guided_by_the_judge{strength:g}" if strength else "")
+    name += f"-guided_by_the_judge{strength:g}" if strength else ""
+    if config.num_seeds > 1:
+        name += f"-seeds{config.seed}to{config.seed + config.num_seeds - 1}"
+    elif config.seed:
+        name += f"-seed{config.seed}"
+    return name + (f"-judge_{config.judge.stem}" if config.judge else "")
 
 
 def write_comparison(run_folder: Path) -> str:

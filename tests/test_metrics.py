@@ -1,5 +1,7 @@
 """Metrics beside the course's accuracy, on constructed cases and against libraries."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -142,7 +144,7 @@ def test_features_are_what_the_last_layer_sees():
 def reference(count=5):
     g = np.random.default_rng(0)
     images = g.integers(0, 256, (count, 3, 64, 64), dtype=np.uint8)
-    return Reference(images, torch.eye(24)[:count], torch.zeros(count, 512))
+    return Reference(images, torch.eye(24)[:count], judge=None, key="", cache_dir=Path())
 
 
 def test_nearest_finds_copies_mirrored_ones_too():

@@ -366,6 +366,22 @@ def test_several_seeds_give_mean_and_interval(trained, tmp_path):
     mean = np.mean([sum(r["correct"]) / sum(r["total"]) for r in records])
     assert report["accuracy"]["test"]["mean"] == pytest.approx(mean)
     assert len(records) == 3
+    # Other seeds lie beside them: nothing is lost.
+    test.main([str(a) for a in [*argv, "--num_seeds", 1, "--seed", 1]])
+    folders = {path.name for path in (tmp_path / "tiny").iterdir() if path.is_dir()}
+    assert {"ddim5-guidance3-seeds0to2", "ddim5-guidance3-seed1"} <= folders
+
+
+def test_features_of_the_training_pictures_are_computed_only_when_needed(trained, tmp_path):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--cache_dir", tmp_path / "cache", "--scheduler", "ddim", "--num_inference_steps", 5,
+            "--wandb", "disabled"]  # fmt: skip
+    test.main([str(a) for a in [*argv, "--num_fd_samples", 0]])
+    assert (tmp_path / "tiny" / "ddim5-guidance3" / "nearest.png").exists()
+    assert not [*(tmp_path / "cache").glob("features*")]
+    test.main([str(a) for a in [*argv, "--num_fd_samples", 4]])
+    assert len([*(tmp_path / "cache").glob("features*")]) == 1
 
 
 def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, tmp_path):
@@ -382,7 +398,7 @@ def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, 
         more = ["--scheduler", scheduler, "--num_inference_steps", 20]
         report = test.main([str(a) for a in [*guided, *more]])
         assert report["judge"] == "trained on data, guided by the judge"
-        folder = tmp_path / "tiny" / f"{scheduler}20-guidance3-guided_by_the_judge20"
+        folder = tmp_path / "tiny" / f"{scheduler}20-guidance3-guided_by_the_judge20-seeds0to1"
         assert "guided by the judge" in (folder / "figures.md").read_text()
     assert "guided by the judge" in (tmp_path / "tiny" / "accuracies.md").read_text()
 
@@ -390,6 +406,7 @@ def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, 
     assert report["judge"] == "trained on data, seed 1, guided by the judge trained on data"
     assert report["other_judge"]["judge"] == "trained on data, guided by the judge"
     assert set(report["other_judge"]["difference"]) == {"test", "new_test"}
+    assert (folder.parent / f"{folder.name}-judge_second".replace("ddim", "ddpm")).is_dir()
 
     # More of what it likes: the likelihood of the conditions, by the judge that guides.
     bench = test.open_bench(path, test.DataConfig(data_dir=data), "cpu")
