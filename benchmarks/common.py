@@ -1,0 +1,83 @@
+"""What the benchmarks share: the machine, interleaved rounds, medians with their range, tables."""
+
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import metrics
+from config import ModelConfig
+
+SMALL = ModelConfig(
+    image_size=32,
+    block_out_channels=(64, 64, 128, 128),
+    down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=32,
+    norm_num_groups=8,
+)
+"""A network of the demo's kind, which a CPU can train."""
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where figures were measured, JSON-able."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    return {
+        "device": f"{device.type}, {name or platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was told to."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def interleave(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run A, B, C, A, B, C ...: what disturbs the machine for a while disturbs all of them."""
+    figures: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds):
+        for name, measure in variants.items():
+            print(f"round {number + 1} of {rounds}: {name}", flush=True)
+            figures[name].append(measure())
+    return figures
+
+
+def ratios(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """first / second, round by round."""
+    return [a / b for a, b in zip(first, second, strict=True)]
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, range and every round, JSON-able."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "rounds": list(values),
+    }
+
+
+def show(values: Sequence[float], unit: str = "") -> str:
+    """Such as "1,204 [1,150, 1,230]": median and range."""
+    median, low, high = (_number(f(values)) for f in (statistics.median, min, max))
+    return f"{median}{unit} [{low}{unit}, {high}{unit}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(first: str, columns: dict[str, dict[str, str]]) -> str:
+    """Markdown: rows named in a column `first`, and a column for every entry of `columns`."""
+    return metrics.table(columns).replace("figure", first, 1)
