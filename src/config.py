@@ -71,6 +71,9 @@ class ModelConfig(Settings):
 
     image_size: Annotated[int, Field(ge=8, le=1024)] = 64
     """Side of the square pictures in pixels."""
+    patch_size: Annotated[int, Field(ge=1, le=64)] = 1
+    """The U-Net sees patches of this side as one position of more channels: less work at full
+    resolution (Luhman & Luhman 2022); 1: single pixels, diffusers' network."""
     block_out_channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (
         128, 128, 256, 256, 512, 512,
     )  # fmt: skip

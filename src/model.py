@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,9 +20,16 @@ class DiffusionModel(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        patch = config.patch_size
+        if config.image_size % patch:
+            raise UserError(
+                f"--patch_size {patch}: does not divide --image_size {config.image_size}"
+            )
         try:
             self.unet = UNet2DModel(
-                sample_size=config.image_size,
+                sample_size=config.image_size // patch,
+                in_channels=3 * patch**2,
+                out_channels=3 * patch**2,
                 down_block_types=config.down_block_types,
                 up_block_types=config.up_block_types,
                 block_out_channels=config.block_out_channels,
@@ -38,7 +46,7 @@ class DiffusionModel(nn.Module):
         self.class_embedding = nn.Sequential(
             nn.Linear(config.num_classes, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
-        self.image_size = config.image_size
+        self.image_size, self.patch_size = config.image_size, patch
 
     def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor) -> Tensor:
         """
@@ -50,7 +58,9 @@ class DiffusionModel(nn.Module):
         Returns:
             (N, 3, H, W) prediction: eps, v or x_0, as it was trained
         """
-        return self.unet(x_t, t, self.class_embedding(labels))
+        patches = F.pixel_unshuffle(x_t, self.patch_size)  # (N, 3 p^2, H / p, W / p)
+        prediction = self.unet(patches, t, self.class_embedding(labels))
+        return F.pixel_shuffle(prediction, self.patch_size)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The U-Net equals diffusers' with the same arguments and weights, and has the report's stages."""
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
@@ -217,3 +219,27 @@ def test_zero_init_starts_at_the_identity():
 def test_settings_that_do_not_fit_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         DiffusionModel(ModelConfig(**changes))
+
+
+def test_patches_are_positions_of_more_channels():
+    """A network that returns its input unchanged, in patches: channel c p^2 + i p + j of a
+    position is pixel (i, j) of its patch; and back."""
+    config = ModelConfig(
+        image_size=16, patch_size=4, block_out_channels=(32, 32), norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    model = DiffusionModel(config)
+    x = torch.randn(2, 3, 16, 16)
+    assert model(x, 3, torch.zeros(2, 24)).shape == x.shape
+
+    class Returns(torch.nn.Module):
+        def forward(self, patches, t, embedding):
+            self.seen = patches
+            return patches
+
+    model.unet = Returns()
+    assert torch.equal(model(x, 3, torch.zeros(2, 24)), x)
+    assert model.unet.seen.shape == (2, 48, 4, 4)
+    assert torch.equal(model.unet.seen[0, 16:32, 1, 2].view(4, 4), x[0, 1, 4:8, 8:12])
+    with pytest.raises(UserError, match="--patch_size 3: does not divide --image_size 16"):
+        DiffusionModel(replace(config, patch_size=3))
