@@ -1,6 +1,7 @@
 """The conditional network: class-embedding MLP and U-Net, and its table of stages."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +28,7 @@ class DiffusionModel(nn.Module):
             )
         try:
             self.unet = UNet2DModel(
-                sample_size=config.image_size // patch,
-                in_channels=3 * patch**2,
-                out_channels=3 * patch**2,
-                down_block_types=config.down_block_types,
-                up_block_types=config.up_block_types,
-                block_out_channels=config.block_out_channels,
-                layers_per_block=config.layers_per_block,
-                dropout=config.dropout,
-                attention_head_dim=config.attention_head_dim,
-                norm_num_groups=config.norm_num_groups,
-                class_embed_type="identity",
-                halve_every_block=config.halve_every_block,
+                **unet_arguments(config), halve_every_block=config.halve_every_block
             )
         except ValueError as error:
             raise UserError(f"network settings: {error}") from None
@@ -61,6 +51,23 @@ class DiffusionModel(nn.Module):
         patches = F.pixel_unshuffle(x_t, self.patch_size)  # (N, 3 p^2, H / p, W / p)
         prediction = self.unet(patches, t, self.class_embedding(labels))
         return F.pixel_shuffle(prediction, self.patch_size)
+
+
+def unet_arguments(config: ModelConfig) -> dict[str, Any]:
+    """What `UNet2DModel` is made of, ours and diffusers' alike."""
+    return dict(
+        sample_size=config.image_size // config.patch_size,
+        in_channels=3 * config.patch_size**2,
+        out_channels=3 * config.patch_size**2,
+        down_block_types=config.down_block_types,
+        up_block_types=config.up_block_types,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        dropout=config.dropout,
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        class_embed_type="identity",
+    )
 
 
 @torch.no_grad()

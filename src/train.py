@@ -111,7 +111,13 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
         raise UserError(
             f"--resume {config.resume}: {run_dir} holds later checkpoints; move them away first"
         )
-    stored = load_checkpoint(path).config
+    checkpoint = load_checkpoint(path)
+    if not checkpoint.training:
+        raise UserError(
+            f"--resume {config.resume}: {path} comes from src/export.py, without the optimiser's "
+            "state; resume from a checkpoint of src/train.py"
+        )
+    stored = checkpoint.config
     config = parse_args(TrainConfig, argv, default=stored)
     for name in vars(stored):
         if name not in FREE_ON_RESUME and getattr(config, name) != getattr(stored, name):

@@ -1,0 +1,177 @@
+"""Hand a trained network to diffusers, and take one back.
+
+    python src/export.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
+    python src/export.py --to checkpoint --ckpt_path output/export/ddpm-cfg-v1
+
+The folder that it writes holds unet/ for `diffusers.UNet2DModel.from_pretrained`, scheduler/ for
+diffusers' schedulers, class_embedding.safetensors (the MLP whose output is the U-Net's
+`class_labels`), settings.json and README.md, a model card that shows how to use them together.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from checkpoint import Checkpoint, load_checkpoint, load_model, load_weights, save_checkpoint
+from config import ROOT, Settings, TrainConfig, UserError, from_dict, parse_args, run, to_dict
+from device import pick_device
+from diffusion import make_scheduler
+from files import make_folder, read_json
+from model import DiffusionModel, unet_arguments
+
+CARD = """# {name}
+
+A conditional diffusion model of i-CLEVR scenes: names of objects in, {size}x{size} picture out.
+{parameters:.1f} M parameters, {steps} optimiser steps, `{prediction}`-prediction, {average}
+weights.
+
+```python
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
+unet = UNet2DModel.from_pretrained("unet").eval()
+scheduler = DDIMScheduler.from_pretrained("scheduler")
+mlp = load_file("class_embedding.safetensors")  # Linear, SiLU, Linear
+
+def embed(labels):  # (N, {classes}) multi-hot; zeros: no condition
+    h = torch.nn.functional.silu(labels @ mlp["0.weight"].T + mlp["0.bias"])
+    return h @ mlp["2.weight"].T + mlp["2.bias"]
+
+objects = {objects}
+labels = torch.zeros(1, {classes})
+labels[0, objects["{first}"]] = 1
+scheduler.set_timesteps(50)
+x = torch.randn(1, {channels}, {side}, {side})
+guidance_scale = 3.0
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        cond = unet(x, t, class_labels=embed(labels)).sample
+        uncond = unet(x, t, class_labels=embed(torch.zeros_like(labels))).sample
+        x = scheduler.step(uncond + guidance_scale * (cond - uncond), t, x).prev_sample
+x = torch.nn.functional.pixel_shuffle(x, {patch})
+image = (x / {scaling} + {shift}).clamp(-1, 1)  # (1, 3, {size}, {size}) in [-1, 1]
+```
+
+`python src/export.py --to checkpoint --ckpt_path THIS_FOLDER` turns it back into a checkpoint.
+"""
+
+
+@dataclass(frozen=True)
+class ExportConfig(Settings):
+    """Write a network as a folder for diffusers, or such a folder as a checkpoint."""
+
+    ckpt_path: Path
+    """Checkpoint of src/train.py; with --to checkpoint, a folder of this script."""
+    to: Literal["diffusers", "checkpoint"] = "diffusers"
+    """What to write."""
+    out: Path | None = None
+    """Folder or file to write (default: output/export/<run>, output/export/<run>.pth)."""
+
+
+def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
+    """Write the folder; it is there whole or not at all.
+
+    Raises:
+        UserError: a network that diffusers doesn't have, or the folder can't be written.
+    """
+    config = checkpoint.config
+    if config.model.halve_every_block:
+        raise UserError(f"{path}: trained with --halve_every_block, which diffusers' U-Net lacks")
+    model = load_model(checkpoint, path, pick_device("cpu"))
+    unet = diffusers.UNet2DModel(**unet_arguments(config.model))
+    unet.load_state_dict(model.unet.state_dict())
+    objects = checkpoint.objects
+    card = CARD.format(
+        name=config.run_name, size=config.model.image_size, side=unet.config.sample_size,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6, steps=checkpoint.step,
+        prediction=config.noise.prediction_type, classes=len(objects), objects=json.dumps(objects),
+        average="averaged" if checkpoint.ema else "last", first=next(iter(objects)),
+        channels=unet.config.in_channels, patch=config.model.patch_size,
+        scaling=config.noise.scaling_factor, shift=config.noise.shift_factor,
+    )  # fmt: skip
+    settings = {
+        "config": to_dict(config), "objects": objects, "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+    }  # fmt: skip
+    make_folder(out.parent)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=".tmp-"))
+    try:
+        unet.save_pretrained(temporary / "unet")
+        make_scheduler(config.noise, "ddim").save_pretrained(temporary / "scheduler")
+        embedding = {k: v.contiguous() for k, v in model.class_embedding.state_dict().items()}
+        save_file(embedding, temporary / "class_embedding.safetensors")
+        (temporary / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        temporary.chmod(0o755)
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: can't be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def from_diffusers(folder: Path) -> Checkpoint:
+    """Read a folder of `to_diffusers`; for sampling only, it holds no optimiser state.
+
+    Raises:
+        UserError: something is missing, damaged or doesn't fit together.
+    """
+    remedy = "name a folder that src/export.py has written"
+    settings: Any = read_json(folder / "settings.json", remedy)
+    known = settings if isinstance(settings, dict) else {}
+    missing = {"config", "objects", "epoch", "step"} - known.keys()
+    if missing:
+        raise UserError(
+            f"{folder / 'settings.json'}: has no {', '.join(sorted(missing))}; {remedy}"
+        )
+    config = from_dict(TrainConfig, settings["config"], source=str(folder / "settings.json"))
+    weights = {}
+    for prefix, name in (
+        ("unet", "unet/diffusion_pytorch_model.safetensors"),
+        ("class_embedding", "class_embedding.safetensors"),
+    ):
+        try:
+            tensors = load_file(folder / name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / name}: can't be read ({error}); {remedy}") from None
+        weights |= {f"{prefix}.{key}": value for key, value in tensors.items()}
+    load_weights(DiffusionModel(config.model), weights, folder, "its settings")
+    return Checkpoint(
+        replace(config, ema=False), settings["objects"], weights, None, settings["epoch"],
+        settings["step"], training={},
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Returns the path that was written."""
+    config = parse_args(ExportConfig, argv)
+    exported = config.ckpt_path.is_dir()
+    if config.to == "diffusers" and exported:
+        raise UserError(f"{config.ckpt_path}: is a folder; --to checkpoint turns it back")
+    if config.to == "checkpoint" and not exported:
+        raise UserError(f"{config.ckpt_path}: no folder; name one that src/export.py has written")
+    checkpoint = (from_diffusers if exported else load_checkpoint)(config.ckpt_path)
+    suffix = ".pth" if config.to == "checkpoint" else ""
+    out = config.out or ROOT / "output" / "export" / (checkpoint.config.run_name + suffix)
+    if out.exists():
+        raise UserError(f"{out}: is there already; name another with --out")
+    if config.to == "diffusers":
+        to_diffusers(checkpoint, config.ckpt_path, out)
+    else:
+        save_checkpoint(out, checkpoint)
+    print(out)
+    return out
+
+
+if __name__ == "__main__":
+    run(main)
