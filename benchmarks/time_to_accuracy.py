@@ -26,8 +26,8 @@ import numpy as np
 from common import machine
 from sampling_steps import share_interval, shares
 
-import demo
 from config import (
+    RECIPES,
     ROOT,
     DataConfig,
     PositiveFloat,
@@ -47,9 +47,17 @@ from metrics import record
 from scoring import draw_splits, open_bench
 from train import latest_checkpoint
 
-RECIPES = {
-    "original": "--batch_size 64 --lr 1e-4 --lr_warmup_steps 500 --no-ema --mixed_precision no",
-    "ours": demo.RECIPE,
+SMALL = RECIPES["small"].model
+NETWORK = (
+    f"--image_size {SMALL.image_size} --layers_per_block {SMALL.layers_per_block}"
+    f" --block_out_channels {' '.join(map(str, SMALL.block_out_channels))}"
+    f" --down_block_types {' '.join(SMALL.down_block_types)}"
+    f" --up_block_types {' '.join(SMALL.up_block_types)}"
+    f" --norm_num_groups {SMALL.norm_num_groups} --attention_head_dim {SMALL.attention_head_dim}"
+)
+FLAGS = {
+    "original": "--recipe original --no-ema --mixed_precision no",
+    "ours": "--recipe small",
 }
 
 
@@ -65,7 +73,7 @@ class TimeConfig(Settings):
     """Draws of both splits for each checkpoint."""
     guidance_scale: float = 5.0
     """Guidance scale of both."""
-    network: str = demo.NETWORK
+    network: str = NETWORK
     """Flags of the network, for both: --network="--image_size 32 ..."."""
     output_dir: Path = ROOT / "output" / "benchmarks" / "time_to_accuracy"
     """Runs and results go in here."""
@@ -115,7 +123,7 @@ def flags_of(config: TimeConfig, recipe: str, name: str, steps: int) -> str:
     return (
         f"--run_name {name} --output_dir {shlex.quote(str(config.output_dir))} {data}"
         f" --max_train_steps {steps} --epochs 1000000 --save_interval 1000000"
-        f" --sample_interval 1000000 --wandb disabled {config.network} {RECIPES[recipe]}"
+        f" --sample_interval 1000000 --wandb disabled {config.network} {FLAGS[recipe]}"
     )
 
 
@@ -128,7 +136,7 @@ def plan_steps(config: TimeConfig) -> dict[str, int]:
             raise UserError(f"{path}: made with other settings; choose another --output_dir")
         return plan["steps"]
     steps = {}
-    for recipe in RECIPES:
+    for recipe in FLAGS:
         name = f"probe-{recipe}"
         flags = flags_of(config, recipe, name, 100)
         train_slice(flags, config.output_dir / name, 1e9)
@@ -159,10 +167,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     make_folder(config.output_dir)
     steps = plan_steps(config)
     path = config.output_dir / "time_to_accuracy.json"
-    report = read_json(path) if path.exists() else {"points": {recipe: [] for recipe in RECIPES}}
+    report = read_json(path) if path.exists() else {"points": {recipe: [] for recipe in FLAGS}}
     slices = round(config.minutes / config.slice_minutes)
     for number in range(1, slices + 1):
-        for recipe in RECIPES:
+        for recipe in FLAGS:
             points = report["points"][recipe]
             if len(points) >= number:
                 continue
@@ -192,7 +200,7 @@ def summary(report: dict) -> str:
         for p in points:
             cells = " | ".join(str(Interval(**p[f])) for f in ("accuracy", "exact_sets"))
             lines.append(f"| {recipe} | {p['minutes']:.1f} | {p['step']} | {cells} |")
-    original, ours = (report["points"][recipe] for recipe in RECIPES)
+    original, ours = (report["points"][recipe] for recipe in FLAGS)
     goal = original[-1]["accuracy"]["mean"]
     reached = next((p["minutes"] for p in ours if p["accuracy"]["mean"] >= goal), None)
     lines += [

@@ -24,21 +24,6 @@ from config import ROOT, Settings, parse_args, run
 from dataset import SHIPPED_EVALUATOR
 from files import read_json, write_json
 
-# What gets furthest in ten minutes of two cores: a narrow network on 32x32 pictures ...
-NETWORK = (
-    "--image_size 32 --block_out_channels 32 64 128 128 --layers_per_block 1"
-    " --down_block_types DownBlock2D DownBlock2D AttnDownBlock2D AttnDownBlock2D"
-    " --up_block_types AttnUpBlock2D AttnUpBlock2D UpBlock2D UpBlock2D"
-    " --norm_num_groups 8 --attention_head_dim 32"
-)
-# ... scaled to unit variance, small batches for many steps, a start at which the condition is
-# heard, and most of the practice at the noise levels where it is decided which objects stand where.
-RECIPE = (
-    "--prediction_type v_prediction --timestep_spacing trailing"
-    " --shift_factor -0.08 --scaling_factor 8 --zero_init"
-    " --batch_size 16 --lr 1e-3 --lr_warmup_steps 50 --adam_beta2 0.99 --ema_decay 0.995"
-    " --timestep_power 4"
-)
 FULL = {
     "sequences": 2500,
     "steps": 2800,
@@ -113,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     flags = f"--run_name {name} {output_flag} {data_flag} --max_train_steps {size['steps']}"
     flags += " --save_interval 1 --sample_interval 2 --preview_steps 25 --wandb offline"
-    flags += f" {NETWORK} {RECIPE}"
+    flags += " --recipe small"
     checkpoint = train.latest_checkpoint(run_dir)
     if checkpoint is not None:
         finished = load_checkpoint(checkpoint).step >= size["steps"]

@@ -1,6 +1,7 @@
 """Train the conditional DDPM.
 
     python src/train.py --epochs 500
+    python src/train.py --recipe small --epochs 20  # a small network, on a CPU
     python src/train.py --resume auto          # go on after an interruption
 
 Writes output/<run_name>/: config.json, metrics.jsonl, checkpoints/model_epoch_N.pth and previews
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
-from config import SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
+from config import RECIPES, SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
 from dataset import DataPaths, IclevrDataset, find_data, get_dataloader, read_conditions
 from device import autocast, autocast_dtype, pick_device
 from diffusion import (
@@ -90,6 +91,7 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
             that is in use already.
     """
     config = parse_args(TrainConfig, argv)
+    config = parse_args(TrainConfig, argv, default=RECIPES[config.recipe])
     run_dir = config.output_dir / config.run_name
     if config.dry_run:
         return config, None

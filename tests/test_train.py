@@ -20,7 +20,7 @@ import test
 import train
 import train_evaluator
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from config import SamplingConfig, TrainConfig
+from config import RECIPES, SamplingConfig, TrainConfig
 from diffusion import picture_seeds, sample
 from evaluator import build_evaluator, evaluate, load_evaluator
 from guidance_scale import Draw, indistinguishable, summarise_sweep, verdict
@@ -615,10 +615,21 @@ def test_best_scale_and_its_equals():
     assert indistinguishable(shares, 2.0) == []
 
 
+def test_recipe_sets_what_no_flag_says():
+    config, _ = train.read_config(["--dry_run", "--recipe", "small", "--lr", "0.5"])
+    small = RECIPES["small"]
+    assert config == replace(small, lr=0.5, dry_run=True)
+    assert config.model.image_size == 32 and config.noise.prediction_type == "v_prediction"
+    original, _ = train.read_config(["--dry_run", "--recipe", "original"])
+    assert original == train.read_config(["--dry_run"])[0] == TrainConfig(dry_run=True)
+    for name, recipe in RECIPES.items():
+        assert recipe.recipe == name
+        train.DiffusionModel(recipe.model)
+
+
 def test_demo_stages_are_commands_that_parse():
     for size in (demo.QUICK, demo.FULL):
-        config = train.parse_args(TrainConfig, demo.RECIPE.split())
-        train.DiffusionModel(config.model)
+        config, _ = train.read_config(["--recipe", "small", "--dry_run"])
         flags = f"--ckpt_path x {demo.SAMPLER} {size['sweep']}"
         sweep = guidance_scale.parse_args(guidance_scale.SweepConfig, flags.split())
         assert test.check_steps(config.noise, sweep.sampling) == 20
