@@ -397,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 state.ema.state_dict() if state.ema else None,
                 state.step // steps_per_epoch,
                 state.step,
-                state.training_state() | {"data": data_key(loader.dataset)},
+                state.training_state() | {"data": data_key(loader.dataset), "losses": losses},
             ),
         )
         return path
@@ -410,8 +410,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     scheduler = make_scheduler(config.noise)
     shown: dict[str, str] = {}
     saved, saved_step = resumed_from, state.step
-    losses: list[Tensor] = []
-    since = time.perf_counter()
+    losses: list[Tensor] = list(checkpoint.training.get("losses", [])) if resumed_from else []
+    since, timed_from = time.perf_counter(), state.step
     with (
         StopSignal() as stop,
         tqdm(total=total_steps, initial=state.step, desc="train", unit="step") as bar,
@@ -429,13 +429,15 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 bar.update()
                 if state.step % config.log_interval == 0 or state.step == total_steps:
                     loss = mean_loss()
-                    images_per_s = len(losses) * len(x_0) / (time.perf_counter() - since)
+                    seconds = time.perf_counter() - since
+                    images_per_s = (state.step - timed_from) * len(x_0) / seconds
                     log({"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
                          "images_per_s": images_per_s})  # fmt: skip
                     shown |= {"loss": f"{loss:.4f}", "lr": f"{lr:.1e}",
                               "img/s": f"{images_per_s:.0f}"}  # fmt: skip
                     bar.set_postfix(shown)
-                    since, losses = time.perf_counter(), []
+                    losses = []
+                    since, timed_from = time.perf_counter(), state.step
                 if state.step == total_steps or stop.number is not None:
                     break
             done = state.step == total_steps
@@ -449,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 log(values)
                 if "preview_accuracy" in values:
                     shown["preview"] = f"{values['preview_accuracy']:.3f}"
-                since = time.perf_counter()
+                since, timed_from = time.perf_counter(), state.step
         if state.step != saved_step:  # stopped while a preview was drawn
             saved = save()
     tracker.finish()
