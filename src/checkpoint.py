@@ -1,6 +1,7 @@
 """Checkpoints: plain dicts of tensors and settings, read without running code from the file."""
 
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,26 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """Write a dict of tensors and plain values, atomically; `read_tensors` reads it.
 
+    What was written is read again before it replaces an older file.
+
     Raises:
-        UserError: the disk is full or the folder can't be written to.
+        UserError: the disk is full or failing, or the folder can't be written to.
     """
     with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's zip writer reports a full disk this way
             raise OSError(str(error).splitlines()[0]) from error
+        if damaged := damaged_part(temporary):
+            raise OSError(f"{damaged} came out damaged; check the disk")
+
+
+def damaged_part(path: Path) -> str | None:
+    """Which part of a file of `torch.save` misses its checksum (torch itself doesn't look)."""
+    if not zipfile.is_zipfile(path):  # torch's format before 1.6, or no such file at all
+        return None
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -113,7 +126,11 @@ def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") ->
     """
     path = Path(path)
     try:
+        if path.is_file() and (damaged := damaged_part(path)):
+            raise UserError(f"{path}: damaged ({damaged} misses its checksum); {remedy}")
         content = torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None
     except OSError as error:

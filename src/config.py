@@ -230,6 +230,11 @@ class TrainConfig(Settings):
     """auto, a run folder or a checkpoint: go on from there; other flags default to its."""
     save_interval: PositiveInt = 50
     """Epochs between checkpoints; the last epoch is always saved."""
+    keep_last: PositiveInt | None = None
+    """Checkpoints to keep, the oldest are deleted (default: all)."""
+    keep_best: bool = False
+    """Keep the weights of the best preview too, in checkpoints/best.pth. A preview is one draw
+    of 32 pictures: the best of many is partly luck."""
     sample_interval: PositiveInt = 10
     """Epochs between previews; the last epoch always gets one."""
     log_interval: PositiveInt = 20

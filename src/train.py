@@ -50,8 +50,8 @@ from tracking import Tracker
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
 FREE_ON_RESUME = {
     "epochs", "max_train_steps", "output_dir", "run_name", "resume", "save_interval",
-    "sample_interval", "log_interval", "num_workers", "device", "wandb", "wandb_project",
-    "dry_run", "data", "preview",
+    "sample_interval", "log_interval", "keep_last", "keep_best", "num_workers", "device", "wandb",
+    "wandb_project", "dry_run", "data", "preview",
 }  # fmt: skip
 
 
@@ -103,13 +103,13 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
             )
         return config, None
     source = run_dir if config.resume == "auto" else Path(config.resume)
-    path = source if source.is_file() else latest_checkpoint(source)
+    path = source if source.is_file() else latest_whole_checkpoint(source)
     if path is None:
         raise UserError(f"--resume {config.resume}: no checkpoint in {source / 'checkpoints'}")
     if path.absolute().parent.name != "checkpoints":
         raise UserError(f"--resume {config.resume}: must lie in a run's folder, in checkpoints/")
     run_dir = path.absolute().parents[1]  # go on where the checkpoint lies
-    if path.absolute() != latest_checkpoint(run_dir):
+    if source.is_file() and path.absolute() != latest_checkpoint(run_dir):
         raise UserError(
             f"--resume {config.resume}: {run_dir} holds later checkpoints; move them away first"
         )
@@ -130,14 +130,38 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
     return replace(config, output_dir=run_dir.parent, run_name=run_dir.name), path
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint of the highest epoch in a run folder, or None."""
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints in a run folder, by epoch."""
     found = {
         int(path.stem.rsplit("_", 1)[1]): path
         for path in (run_dir / "checkpoints").glob("model_epoch_*.pth")
         if path.stem.rsplit("_", 1)[1].isdigit()
     }
-    return found[max(found)] if found else None
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint of the highest epoch in a run folder, or None."""
+    return next(reversed(checkpoints(run_dir)), None)
+
+
+def latest_whole_checkpoint(run_dir: Path) -> Path | None:
+    """The latest one that can be read; says which damaged ones it passes over.
+
+    Raises:
+        UserError: there are some, but none can be read.
+    """
+    error = None
+    for path in reversed(checkpoints(run_dir)):
+        try:
+            load_checkpoint(path)
+            return path
+        except UserError as caught:
+            error = caught
+            print(f"warning: {caught}; looking for an earlier one", file=sys.stderr)
+    if error is not None:
+        raise error
+    return None
 
 
 @torch.no_grad()
@@ -382,14 +406,12 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             )
         return value
 
-    def save() -> Path:
+    def save(name: str | None = None) -> Path:
         if losses:
             mean_loss()  # never save what has diverged
-        path = (
-            run_dir / "checkpoints" / f"model_epoch_{math.ceil(state.step / steps_per_epoch)}.pth"
-        )
+        name = name or f"model_epoch_{math.ceil(state.step / steps_per_epoch)}.pth"
         save_checkpoint(
-            path,
+            path := run_dir / "checkpoints" / name,
             Checkpoint(
                 replace(config, resume=None),
                 objects,
@@ -397,9 +419,14 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 state.ema.state_dict() if state.ema else None,
                 state.step // steps_per_epoch,
                 state.step,
-                state.training_state() | {"data": data_key(loader.dataset), "losses": losses},
+                state.training_state()
+                | {"data": data_key(loader.dataset), "losses": losses, "best": best},
             ),
         )
+        if config.keep_last and path in (known := checkpoints(run_dir)):
+            # Those up to this one: later ones are damaged, and will be written again.
+            for old in known[: known.index(path) + 1][: -config.keep_last]:
+                old.unlink()
         return path
 
     def log(values: dict[str, Any]) -> None:
@@ -411,6 +438,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     shown: dict[str, str] = {}
     saved, saved_step = resumed_from, state.step
     losses: list[Tensor] = list(checkpoint.training.get("losses", [])) if resumed_from else []
+    best = checkpoint.training.get("best", -1.0) if resumed_from else -1.0
     since, timed_from = time.perf_counter(), state.step
     with (
         StopSignal() as stop,
@@ -451,6 +479,9 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 log(values)
                 if "preview_accuracy" in values:
                     shown["preview"] = f"{values['preview_accuracy']:.3f}"
+                    if config.keep_best and values["preview_accuracy"] > best:
+                        best = values["preview_accuracy"]
+                        save("best.pth")
                 since, timed_from = time.perf_counter(), state.step
         if state.step != saved_step:  # stopped while a preview was drawn
             saved = save()

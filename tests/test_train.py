@@ -20,7 +20,7 @@ import test
 import train
 import train_evaluator
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from config import RECIPES, SamplingConfig, TrainConfig
+from config import RECIPES, SamplingConfig, TrainConfig, UserError
 from diffusion import picture_seeds, sample
 from evaluator import build_evaluator, evaluate, load_evaluator
 from guidance_scale import Draw, indistinguishable, summarise_sweep, verdict
@@ -139,6 +139,67 @@ def test_stopping_during_a_preview_loses_nothing(world, tmp_path):
         train.main(argv)
     assert stopped.value.code == 130
     assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 3
+
+
+def damage_middle(path: Path) -> None:
+    """Flip a bit among the weights: torch alone would read them without complaint."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(world, tmp_path, capsys):
+    train.main(train_argv(world, tmp_path, "--epochs", 3, "--save_interval", 1))
+    folder = tmp_path / "r" / "checkpoints"
+    whole = load_checkpoint(folder / "model_epoch_3.pth")
+    damage_middle(folder / "model_epoch_3.pth")
+    (folder / "model_epoch_2.pth").write_bytes(b"")
+    argv = ["--output_dir", str(tmp_path), "--run_name", "r", "--resume", "auto"]
+    path = train.main([*argv, "--keep_last", "1"])
+    warnings = capsys.readouterr().err
+    assert "model_epoch_3.pth: damaged" in warnings and "model_epoch_2.pth: damaged" in warnings
+    again = load_checkpoint(path)
+    assert path.name == "model_epoch_3.pth" and again.step == whole.step
+    assert all(torch.equal(again.model[name], whole.model[name]) for name in whole.model)
+    damage_middle(path)
+    assert "misses its checksum" in error_of(train.main, argv)
+
+
+def test_a_checkpoint_that_comes_out_damaged_leaves_the_old_one(trained, tmp_path, monkeypatch):
+    checkpoint = load_checkpoint(trained[2])
+    path = tmp_path / "model.pth"
+    save_checkpoint(path, checkpoint)
+    real = torch.save
+
+    def failing_disk(content, target):
+        real(content, target)
+        damage_middle(target)
+
+    monkeypatch.setattr(torch, "save", failing_disk)
+    with pytest.raises(UserError, match="came out damaged; check the disk"):
+        save_checkpoint(path, replace(checkpoint, step=99))
+    assert load_checkpoint(path).step == checkpoint.step
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_only_the_last_and_the_best_are_kept(trained, tmp_path):
+    data, _, _ = trained
+    accuracies = iter([0.2, 0.6, 0.6, 0.1])
+
+    def preview(self, model, path):
+        return {"preview_accuracy": next(accuracies)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Preview, "__call__", preview)
+        argv = train_argv(data, tmp_path, "--epochs", 4, "--save_interval", 1, "--keep_best",
+                          "--keep_last", 2, "--sample_interval", 1)  # fmt: skip
+        train.main(argv)
+    folder = tmp_path / "r" / "checkpoints"
+    assert {p.name for p in folder.iterdir()} == {
+        "model_epoch_3.pth", "model_epoch_4.pth", "best.pth",
+    }  # fmt: skip
+    best = load_checkpoint(folder / "best.pth")
+    assert best.epoch == 2 and best.training["best"] == 0.6
 
 
 def test_moved_run_goes_on_where_it_lies(world, tmp_path):
