@@ -202,6 +202,9 @@ class TrainConfig(Settings):
     """AdamW's second beta."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients with a larger L2 norm are scaled down to it."""
+    max_skipped_steps: PositiveInt = 50
+    """A step with NaN or infinite gradients changes nothing and is counted; after so many in a
+    row training stops."""
     cfg_dropout_prob: Probability = 0.1
     """Chance that a picture's condition is dropped, for classifier-free guidance."""
     min_snr_gamma: PositiveFloat | None = None

@@ -8,6 +8,7 @@ Writes output/<run_name>/: config.json, metrics.jsonl, checkpoints/model_epoch_N
 samples/epoch_N.png, whose accuracy is logged.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -64,6 +65,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    skipped: Tensor
+    """(2,) on the device: steps skipped for NaN or infinite gradients, in all and in a row."""
     step: int = 0
 
     def training_state(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
         }
 
     def load(self, checkpoint: Checkpoint, path: Path) -> None:
@@ -80,6 +84,7 @@ class TrainState:
         self.optimizer.load_state_dict(checkpoint.training["optimizer"])
         self.lr_scheduler.load_state_dict(checkpoint.training["lr_scheduler"])
         self.scaler.load_state_dict(checkpoint.training["scaler"])
+        self.skipped = checkpoint.training.get("skipped", self.skipped)
         self.step = checkpoint.step
 
 
@@ -196,6 +201,11 @@ def train_step(
     state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
+    bad = ~grad_norm.isfinite()  # stays on the device: nothing waits for it
+    if not state.scaler.is_enabled():
+        # As GradScaler does for float16: the fused optimiser then leaves everything as it is.
+        state.optimizer.found_inf = bad.float()
+    state.skipped = torch.stack([state.skipped[0] + bad, (state.skipped[1] + 1) * bad])
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.lr_scheduler.step()
@@ -235,6 +245,7 @@ def build_state(config: TrainConfig, total_steps: int, device: torch.device) -> 
         torch.amp.GradScaler(
             device.type, enabled=autocast_dtype(config.mixed_precision, device) == torch.float16
         ),
+        torch.zeros(2, device=device),
     )
 
 
@@ -397,18 +408,20 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     print(f"run: {run_dir}, {device}, {dtype or torch.float32}, step {state.step} of {total_steps}")
     tracker = Tracker(config.wandb, config.wandb_project, config.run_name, run_dir, to_dict(config))
 
-    def mean_loss() -> float:
-        value = torch.stack(losses).mean().item()  # waits for the device
-        if not math.isfinite(value):
+    def check_skipped(limit: int) -> int:
+        """Steps skipped so far; stops if the last `limit` were."""
+        total, in_a_row = map(int, state.skipped.tolist())  # waits for the device
+        if in_a_row >= limit:
             raise UserError(
-                f"the loss became {value} before step {state.step}; lower --lr; "
-                f"last checkpoint: {saved or 'none'}"
+                f"the last {in_a_row} steps before step {state.step} had NaN or infinite gradients "
+                "and were skipped: lower --lr, or with fp16 try --mixed_precision bf16; last "
+                f"checkpoint: {saved or 'none'}"
             )
-        return value
+        return total
 
     def save(name: str | None = None) -> Path:
-        if losses:
-            mean_loss()  # never save what has diverged
+        # The end must not be a network that gives NaN.
+        check_skipped(1 if state.step == total_steps else config.max_skipped_steps)
         name = name or f"model_epoch_{math.ceil(state.step / steps_per_epoch)}.pth"
         save_checkpoint(
             path := run_dir / "checkpoints" / name,
@@ -423,7 +436,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 | {"data": data_key(loader.dataset), "losses": losses, "best": best},
             ),
         )
-        if config.keep_last and path in (known := checkpoints(run_dir)):
+        steady = not state.skipped[1]
+        if config.keep_last and steady and path in (known := checkpoints(run_dir)):
             # Those up to this one: later ones are damaged, and will be written again.
             for old in known[: known.index(path) + 1][: -config.keep_last]:
                 old.unlink()
@@ -441,9 +455,11 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     best = checkpoint.training.get("best", -1.0) if resumed_from else -1.0
     since, timed_from = time.perf_counter(), state.step
     with (
+        contextlib.ExitStack() as stack,
         StopSignal() as stop,
         tqdm(total=total_steps, initial=state.step, desc="train", unit="step") as bar,
     ):
+        stack.callback(lock.release)
         while state.step < total_steps and stop.number is None:
             epoch, batch = divmod(state.step, steps_per_epoch)
             loader.batch_sampler.set_position(epoch, batch)
@@ -456,13 +472,20 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 losses.append(loss)
                 bar.update()
                 if state.step % config.log_interval == 0 or state.step == total_steps:
-                    loss = mean_loss()
+                    skipped = check_skipped(config.max_skipped_steps)
+                    finite = [
+                        value for value in torch.stack(losses).tolist() if math.isfinite(value)
+                    ]
+                    loss = sum(finite) / len(finite) if finite else None
                     seconds = time.perf_counter() - since
                     images_per_s = (state.step - timed_from) * len(x_0) / seconds
-                    log({"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
-                         "images_per_s": images_per_s})  # fmt: skip
-                    shown |= {"loss": f"{loss:.4f}", "lr": f"{lr:.1e}",
+                    values = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
+                              "images_per_s": images_per_s, "skipped_steps": skipped}  # fmt: skip
+                    log({k: v for k, v in values.items() if v is not None and math.isfinite(v)})
+                    shown |= {"loss": f"{loss:.4f}" if finite else "NaN", "lr": f"{lr:.1e}",
                               "img/s": f"{images_per_s:.0f}"}  # fmt: skip
+                    if skipped:
+                        shown["skipped"] = str(skipped)
                     bar.set_postfix(shown)
                     losses = []
                     since, timed_from = time.perf_counter(), state.step
@@ -486,7 +509,6 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         if state.step != saved_step:  # stopped while a preview was drawn
             saved = save()
     tracker.finish()
-    lock.release()
     if stop.number is not None and state.step < total_steps:
         print(f"stopped at step {state.step}, saved {saved}; go on with the same command and "
               "--resume auto", file=sys.stderr)  # fmt: skip

@@ -220,10 +220,65 @@ def test_resuming_on_other_pictures_is_refused(world, tmp_path):
     assert "other pictures" in message
 
 
+def poison(monkeypatch, steps):
+    """The training loss of these steps is NaN."""
+    real = train.training_loss
+    count = iter(range(10**6))
+
+    def poisoned(*args, **kwargs):
+        loss = real(*args, **kwargs)
+        return loss * float("nan") if next(count) in steps else loss
+
+    monkeypatch.setattr(train, "training_loss", poisoned)
+
+
+def test_a_step_with_nan_is_skipped_and_counted(world, tmp_path, monkeypatch):
+    train.main(train_argv(world, tmp_path / "whole", "--epochs", 1))
+    poison(monkeypatch, {1, 2})
+    seen = []
+    real_step = train.train_step
+
+    def watched(state, *args):
+        before = [p.detach().clone() for p in state.model.parameters()]
+        moments = [v["exp_avg"].clone() for v in state.optimizer.state.values()]
+        result = real_step(state, *args)
+        after = [p.detach() for p in state.model.parameters()]
+        kept = all(map(torch.equal, before, after))
+        same = [torch.equal(m, v["exp_avg"])
+                for m, v in zip(moments, state.optimizer.state.values(), strict=False)]  # fmt: skip
+        seen.append((kept, bool(same) and all(same)))
+        return result
+
+    monkeypatch.setattr(train, "train_step", watched)
+    path = train.main(train_argv(world, tmp_path, "--epochs", 2, "--lr_warmup_steps", 0))
+    assert seen == [(False, False), (True, True), (True, True)] + [(False, False)] * 3
+    records = map(json.loads, (tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
+    lines = [r for r in records if "skipped_steps" in r]
+    assert [r["skipped_steps"] for r in lines] == [0, 1, 2, 2, 2, 2]
+    assert ["loss" in r for r in lines] == [True, False, False, True, True, True]
+    weights = load_checkpoint(path)
+    assert all(v.isfinite().all() for v in [*weights.model.values(), *weights.ema.values()])
+    assert weights.training["skipped"].tolist() == [2, 0]
+
+
+def test_many_nan_in_a_row_stop_with_the_last_good_checkpoint(world, tmp_path, monkeypatch):
+    poison(monkeypatch, range(4, 100))
+    argv = train_argv(world, tmp_path, "--epochs", 9, "--save_interval", 1)
+    message = error_of(train.main, [*argv, "--max_skipped_steps", 4])
+    assert "the last 4 steps before step 8 had NaN" in message
+    assert "model_epoch_2.pth" in message  # saved within the streak: its weights are good
+    checkpoint = load_checkpoint(train.latest_checkpoint(tmp_path / "r"))
+    assert all(v.isfinite().all() for v in checkpoint.model.values())
+    # Resumed, the count goes on.
+    poison(monkeypatch, range(100))
+    argv = ["--output_dir", tmp_path, "--run_name", "r", "--resume", "auto"]
+    assert "the last 4 steps before step 8 had NaN" in error_of(train.main, argv)
+
+
 def test_diverged_training_stops_and_saves_nothing(world, tmp_path):
     argv = train_argv(world, tmp_path, "--epochs", 4, "--lr", 1e30, "--lr_warmup_steps", 0)
     message = error_of(train.main, argv)
-    assert "the loss became" in message and "--lr" in message
+    assert "had NaN or infinite gradients" in message and "--lr" in message
     assert train.latest_checkpoint(tmp_path / "r") is None
 
 
