@@ -1,0 +1,317 @@
+"""Training steps: this repository's network against diffusers' `UNet2DModel`.
+
+    python benchmarks/training_step.py                                # a small network, for a CPU
+    python benchmarks/training_step.py --compile --batch_size 64 --image_size 64 \\
+        --block_out_channels 128 128 256 256 512 512 --layers_per_block 2 --norm_num_groups 32 \\
+        --attention_head_dim 8 --down_block_types DownBlock2D DownBlock2D DownBlock2D DownBlock2D \\
+        AttnDownBlock2D DownBlock2D --up_block_types UpBlock2D AttnUpBlock2D UpBlock2D UpBlock2D \\
+        UpBlock2D UpBlock2D                                           # the full-size one, for a GPU
+
+Both run src/train.py's own step with the same weights, pictures, random numbers, layout, fused
+AdamW and weight average, in float32 and in bfloat16 autocast. One more row is diffusers as its
+example scripts run it: float32, contiguous, AdamW not fused, a plain loop. Prints tables, writes
+output/benchmarks/training_step.json.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from common import SMALL, interleave, machine, ratios, show, spread, synchronize, table
+
+import train
+from config import (
+    ROOT,
+    ModelConfig,
+    PositiveInt,
+    Settings,
+    TrainConfig,
+    UserError,
+    parse_args,
+    run,
+    to_dict,
+)
+from device import autocast_dtype, pick_device
+from diffusion import make_scheduler, training_loss
+from files import write_json
+from model import DiffusionModel, stages, unet_arguments
+
+WARM_UP = 3
+"""Steps before anything is measured; the first one compiles."""
+EXAMPLE = "diffusers, as in its examples"
+PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class StepConfig(Settings):
+    """Measure training steps of this repository's network and of diffusers'."""
+
+    batch_size: PositiveInt = 16
+    """Pictures of one optimiser step."""
+    rounds: PositiveInt = 5
+    """Every variant is measured once a round."""
+    steps: PositiveInt = 10
+    """Optimiser steps of one measurement."""
+    compile: bool = False
+    """Measure all variants with torch.compile too; its time is stated as warm-up."""
+    device: str | None = None
+    """cuda, cuda:1, mps, cpu ... (default: the best there is)."""
+    out: Path = ROOT / "output" / "benchmarks" / "training_step.json"
+    """Where the figures go."""
+    model: ModelConfig = field(default_factory=lambda: SMALL)
+
+
+class DiffusersModel(nn.Module):
+    """diffusers' `UNet2DModel` in the place of ours; parameters have the names of ours."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.unet = diffusers.UNet2DModel(**unet_arguments(config))
+        self.class_embedding = DiffusionModel(config).class_embedding
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return self.unet(x_t, t, self.class_embedding(labels)).sample
+
+
+class Variant:
+    """A network in training, always on the same batch; calling it gives pictures/s.
+
+    Args:
+        kind: the class of the network.
+        weights: what it starts from.
+        example: contiguous, plain AdamW and `example_step`, else what src/train.py uses.
+    """
+
+    def __init__(
+        self,
+        config: StepConfig,
+        device: torch.device,
+        kind: type[nn.Module],
+        weights: dict[str, Tensor],
+        precision: str = "no",
+        compiled: bool = False,
+        example: bool = False,
+    ):
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self.device, self.steps, self.example = device, config.steps, example
+        self.config = TrainConfig(
+            batch_size=config.batch_size, model=config.model, mixed_precision=precision
+        )
+        self.dtype = autocast_dtype(precision, device)
+        self.scheduler = make_scheduler(self.config.noise)
+        total = WARM_UP + 1 + config.rounds * config.steps
+        with mock.patch.object(train, "DiffusionModel", kind):  # all but the network is the same
+            self.state = train.build_state(self.config, total, device)
+        for model in (self.state.model, self.state.ema):
+            model.load_state_dict(weights)
+            if example:
+                model.to(memory_format=torch.contiguous_format)
+        if example:
+            optimizer = torch.optim.AdamW(self.state.model.parameters(), self.config.lr)
+            lr_scheduler = get_cosine_schedule_with_warmup(
+                optimizer, self.config.lr_warmup_steps, total
+            )
+            self.state = replace(self.state, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        if compiled:
+            self.state.model.compile()
+
+        size, generator = config.model.image_size, torch.Generator().manual_seed(0)
+        x_0 = torch.rand(config.batch_size, 3, size, size, generator=generator) * 2 - 1
+        labels = torch.rand(config.batch_size, config.model.num_classes, generator=generator) < 0.1
+        layout = torch.contiguous_format if example else torch.channels_last
+        self.x_0, self.labels = x_0.to(device, memory_format=layout), labels.float().to(device)
+
+        since = time.perf_counter()
+        self.first_loss = self.step()
+        for _ in range(WARM_UP - 1):
+            self.step()
+        synchronize(device)
+        self.warm_up = time.perf_counter() - since
+        self.peak = None  # bytes; of a CPU's process it can't be told for each variant
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.step()
+            self.peak = torch.cuda.max_memory_allocated(device) - before
+
+    def step(self) -> Tensor:
+        step = example_step if self.example else train.train_step
+        arguments = (self.config, self.scheduler, self.x_0, self.labels, self.dtype)
+        return step(self.state, *arguments)[0]
+
+    def __call__(self) -> float:
+        synchronize(self.device)
+        since = time.perf_counter()
+        for _ in range(self.steps):
+            self.step()
+        synchronize(self.device)
+        return self.steps * len(self.x_0) / (time.perf_counter() - since)
+
+
+def example_step(
+    state: train.TrainState,
+    config: TrainConfig,
+    scheduler: diffusers.DDPMScheduler,
+    x_0: Tensor,
+    labels: Tensor,
+    dtype: None,
+) -> tuple[Tensor, Tensor]:
+    """What the loop of diffusers' train_unconditional.py does, with our loss; float32 alone."""
+    generator = train.step_generator(config.seed, state.step, x_0.device)
+    loss = training_loss(
+        state.model, scheduler, x_0, labels, config.cfg_dropout_prob, generator=generator
+    )
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
+    state.optimizer.step()
+    state.lr_scheduler.step()
+    state.optimizer.zero_grad()
+    train.update_ema(state.ema, state.model, config.ema_decay)
+    state.step += 1
+    return loss.detach(), grad_norm
+
+
+class Matmul:
+    """The machine's own rate in one number format: calling it multiplies; FLOP/s."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        side = 2048 if device.type == "cpu" else 8192
+        self.a, self.b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        self()
+
+    def __call__(self, repeats: int = 5) -> float:
+        # On CUDA, cuDNN's float32 convolutions use TF32 by default: compare with the same.
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        synchronize(self.a.device)
+        since = time.perf_counter()
+        for _ in range(repeats):
+            self.a @ self.b
+        synchronize(self.a.device)
+        seconds = time.perf_counter() - since
+        torch.set_float32_matmul_precision(before)
+        return repeats * 2 * len(self.a) ** 3 / seconds
+
+
+def build_variants(config: StepConfig, device: torch.device) -> dict[str, Variant]:
+    """All variants, warmed up one after the other."""
+    torch.manual_seed(0)
+    weights = DiffusionModel(config.model).state_dict()
+    variants = {}
+    for compiled in (False, True) if config.compile else (False,):
+        for precision, dtype in PRECISIONS.items():
+            for name, kind in (("ours", DiffusionModel), ("diffusers", DiffusersModel)):
+                name += f", {dtype}" + (", compiled" if compiled else "")
+                print(f"warm-up: {name}", flush=True)
+                variants[name] = Variant(config, device, kind, weights, precision, compiled)
+    print(f"warm-up: {EXAMPLE}", flush=True)
+    variants[EXAMPLE] = Variant(config, device, DiffusersModel, weights, example=True)
+    losses = torch.stack([variant.first_loss for variant in variants.values()])
+    same = (losses / losses[0] - 1).abs().max() < 0.01
+    assert same or config.model.dropout, f"not the same network: {losses}"
+    return variants
+
+
+def pairs(config: StepConfig, device: torch.device) -> dict[str, tuple[str, str]]:
+    """What is compared with what: a label, and the names of two variants."""
+    found = {}
+    for dtype in PRECISIONS.values():
+        found[f"ours / diffusers, {dtype}"] = (f"ours, {dtype}", f"diffusers, {dtype}")
+    if config.compile:
+        for dtype in PRECISIONS.values():
+            a, b = f"ours, {dtype}, compiled", f"diffusers, {dtype}, compiled"
+            found[f"ours / diffusers, {dtype}, compiled"] = (a, b)
+            found[f"ours compiled / not, {dtype}"] = (a, f"ours, {dtype}")
+    bf16 = autocast_dtype(TrainConfig.mixed_precision, device) == torch.bfloat16
+    defaults = f"ours, {PRECISIONS['bf16' if bf16 else 'no']}"
+    found[f"src/train.py's defaults ({defaults}) / {EXAMPLE}"] = (defaults, EXAMPLE)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_args(StepConfig, argv)
+    if config.model.halve_every_block:
+        raise UserError("--halve_every_block: diffusers' network has no such thing; leave it out")
+    if config.model.patch_size != 1:
+        raise UserError("--patch_size: diffusers' network has no such thing; leave it out")
+    device = pick_device(config.device)
+    flops = 3 * stages(config.model)[2]  # the backward pass costs twice the forward pass
+    matmuls = {  # first: what cuBLAS allocates is no variant's memory
+        f"matmul, {dtype}": Matmul(device, getattr(torch, dtype)) for dtype in PRECISIONS.values()
+    }
+    variants = build_variants(config, device)
+    measured: dict[str, Callable[[], float]] = {**variants, **matmuls}
+    rates = interleave(measured, config.rounds)
+
+    # By the median: one multiplication that the system interrupts would spoil its whole round.
+    peaks = {name: statistics.median(rates[name]) for name in matmuls}
+    shares = {
+        name: [rate * flops / peaks[f"matmul, {_dtype(variant)}"] for rate in rates[name]]
+        for name, variant in variants.items()
+    }
+    compared = {
+        label: ratios(rates[a], rates[b]) for label, (a, b) in pairs(config, device).items()
+    }
+    where = machine(device) | {"diffusers": diffusers.__version__}
+    write_json(
+        config.out,
+        {
+            "machine": where,
+            "settings": to_dict(config),
+            "training_flops_per_picture": flops,
+            "variants": {
+                name: {
+                    "pictures_per_s": spread(rates[name]),
+                    "share_of_matmul": spread(shares[name]),
+                    "peak_memory_bytes": variant.peak,
+                    "warm_up_s": variant.warm_up,
+                }
+                for name, variant in variants.items()
+            },
+            "matmul_flops_per_s": {name: spread(rates[name]) for name in matmuls},
+            "ratios": {label: spread(values) for label, values in compared.items()},
+        },
+    )
+    columns = {
+        "pictures/s": {name: show(rates[name]) for name in variants},
+        "share of matmul rate": {
+            name: show([100 * share for share in shares[name]], "%") for name in variants
+        },
+        "peak memory": {
+            name: "-" if variant.peak is None else f"{variant.peak / 2**20:,.0f} MiB"
+            for name, variant in variants.items()
+        },
+        f"warm-up, {WARM_UP} steps": {
+            name: f"{variant.warm_up:.1f} s" for name, variant in variants.items()
+        },
+    }
+    matmul_rates = {name: show([rate / 1e12 for rate in rates[name]]) for name in matmuls}
+    print(f"\n{', '.join(f'{key} {value}' for key, value in where.items())}")
+    print(
+        f"batch {config.batch_size}, {flops / 1e9:.2f} GFLOP a picture and training step; "
+        f"median [range] of {config.rounds} rounds of {config.steps} steps\n"
+    )
+    print(table("training step", columns))
+    if device.type != "cuda":
+        print("\nPeak memory is measured on CUDA only: a CPU's process has one peak for all.")
+    ratio_cells = {label: show(values) for label, values in compared.items()}
+    print(f"\n{table('pictures/s, round by round', {'ratio': ratio_cells})}")
+    print(f"\n{table('the machine itself', {'TFLOP/s': matmul_rates})}\n\n{config.out}")
+
+
+def _dtype(variant: Variant) -> str:
+    return PRECISIONS["no" if variant.dtype is None else "bf16"]
+
+
+if __name__ == "__main__":
+    run(main)
