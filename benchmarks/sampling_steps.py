@@ -141,11 +141,19 @@ def summarise(names: Sequence[str], draws: dict[str, list[Draw]]) -> dict[str, d
             difference = values - shares(draws[best], figure)
             if len(set(difference.tolist())) > 1:
                 row[f"{figure}_minus_best_long"] = vars(mean_interval(difference))
+            else:  # nothing varies
+                same = float(difference[0])
+                row[f"{figure}_minus_best_long"] = vars(Interval(same, None, None))
         distances = [draw.frechet for draw in draws[name] if draw.frechet is not None]
         if distances:
             row["frechet_distance"] = vars(frechet_interval(distances))
         rows[name] = row
     return {"best_long": best, "rows": rows}
+
+
+def as_good(difference: dict) -> bool:
+    """Whether the interval of a difference reaches 0."""
+    return (difference["mean"] if difference["high"] is None else difference["high"]) >= 0
 
 
 def draw_chart(report: dict, path: Path) -> None:
@@ -235,8 +243,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         name
         for name, row in report["rows"].items()
         if name.split()[0] in SOLVERS
-        and all(row.get(f"{figure}_minus_best_long", {"high": -1})["high"] >= 0
-                for figure in ("accuracy", "exact_sets"))
+        and all(as_good(row[f"{figure}_minus_best_long"]) for figure in ("accuracy", "exact_sets"))
     ]  # fmt: skip
     cheapest = min(equal or [n for n in chosen if n.split()[0] in SOLVERS],
                    key=lambda n: report["rows"][n]["evaluations"])  # fmt: skip

@@ -26,6 +26,7 @@ import numpy as np
 from common import machine
 from sampling_steps import share_interval, shares
 
+from checkpoint import load_checkpoint
 from config import (
     RECIPES,
     ROOT,
@@ -92,18 +93,24 @@ def seconds_trained(run_dir: Path) -> float:
     return seconds
 
 
-def train_slice(flags: str, run_dir: Path, seconds: float) -> None:
+def train_slice(flags: str, run_dir: Path, steps: int, seconds: float) -> None:
     """Train until `seconds` of steps have gone by, then stop and save.
 
     Raises:
         UserError: training failed.
     """
-    resume = "--resume auto" if latest_checkpoint(run_dir) else ""
+    latest = latest_checkpoint(run_dir)
+    if latest and load_checkpoint(latest).step >= steps:
+        return  # all of its steps are done
+    resume = "--resume auto" if latest else ""
     metrics, done = run_dir / "metrics.jsonl", 0.0
     if resume:
         done = seconds_trained(run_dir)
     script = str(ROOT / "src" / "train.py")
-    process = subprocess.Popen([sys.executable, script, *shlex.split(f"{flags} {resume}")])
+    process = subprocess.Popen(
+        [sys.executable, script, *shlex.split(f"{flags} {resume}")],
+        start_new_session=True,  # Ctrl-C is this process's business
+    )
     size = metrics.stat().st_size if metrics.exists() else 0
     try:
         while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= size):
@@ -119,7 +126,11 @@ def train_slice(flags: str, run_dir: Path, seconds: float) -> None:
 
 
 def flags_of(config: TimeConfig, recipe: str, name: str, steps: int) -> str:
-    data = "" if config.data.data_dir is None else f"--data_dir {config.data.data_dir}"
+    data = (
+        ""
+        if config.data.data_dir is None
+        else f"--data_dir {shlex.quote(str(config.data.data_dir))}"
+    )
     return (
         f"--run_name {name} --output_dir {shlex.quote(str(config.output_dir))} {data}"
         f" --max_train_steps {steps} --epochs 1000000 --save_interval 1000000"
@@ -139,7 +150,7 @@ def plan_steps(config: TimeConfig) -> dict[str, int]:
     for recipe in FLAGS:
         name = f"probe-{recipe}"
         flags = flags_of(config, recipe, name, 100)
-        train_slice(flags, config.output_dir / name, 1e9)
+        train_slice(flags, config.output_dir / name, 100, 1e9)
         seconds = seconds_trained(config.output_dir / name)
         steps[recipe] = round(config.minutes * 60 * 100 / seconds)
     write_json(path, {"minutes": config.minutes, "network": config.network, "steps": steps})
@@ -179,7 +190,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
             left = number * config.slice_minutes * 60 - done
             if left > 1:
                 print(f"\n{recipe}, slice {number} of {slices}", flush=True)
-                train_slice(flags_of(config, recipe, recipe, steps[recipe]), run_dir, left)
+                train_slice(
+                    flags_of(config, recipe, recipe, steps[recipe]), run_dir, steps[recipe], left
+                )
             checkpoint = latest_checkpoint(run_dir)
             minutes = seconds_trained(run_dir) / 60
             points.append({"minutes": minutes} | score(config, checkpoint))

@@ -16,6 +16,10 @@ from model import DiffusionModel
 FORMAT = "iclevr-ddpm-1"
 
 
+class DamagedFileError(UserError):
+    """A file that can be opened, but is not whole or never was of this kind."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint holds; `training` (optimiser and the like) only matters for resuming."""
@@ -57,15 +61,16 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     What was written is read again before it replaces an older file.
 
     Raises:
-        UserError: the disk is full or failing, or the folder can't be written to.
+        UserError: the disk is full, the folder can't be written to, or the file is not whole.
     """
     with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's zip writer reports a full disk this way
             raise OSError(str(error).splitlines()[0]) from error
-        if damaged := damaged_part(temporary):
-            raise OSError(f"{damaged} came out damaged; check the disk")
+        whole = zipfile.is_zipfile(temporary)
+        if not whole or damaged_part(temporary):
+            raise OSError("what was written came out damaged; check the disk")
 
 
 def damaged_part(path: Path) -> str | None:
@@ -127,7 +132,7 @@ def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") ->
     path = Path(path)
     try:
         if path.is_file() and (damaged := damaged_part(path)):
-            raise UserError(f"{path}: damaged ({damaged} misses its checksum); {remedy}")
+            raise DamagedFileError(f"{path}: damaged ({damaged} misses its checksum); {remedy}")
         content = torch.load(path, map_location=device, weights_only=True)
     except UserError:
         raise
@@ -136,12 +141,12 @@ def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") ->
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}; {remedy}") from None
     except pickle.UnpicklingError:
-        raise UserError(
+        raise DamagedFileError(
             f"{path}: damaged, or would run code when read, which is refused; {remedy}"
         ) from None
     except Exception as error:  # whatever the reader makes of a damaged file
         why = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"{path}: damaged or not a checkpoint ({why}); {remedy}") from None
+        raise DamagedFileError(f"{path}: damaged or not a checkpoint ({why}); {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict; {remedy}")
     return content

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = f"--run_name {name} {output_flag} {data_flag} --max_train_steps {size['steps']}"
     flags += " --save_interval 1 --sample_interval 2 --preview_steps 25 --wandb offline"
     flags += " --recipe small"
-    checkpoint = train.latest_checkpoint(run_dir)
+    checkpoint = train.latest_whole_checkpoint(run_dir)
     if checkpoint is not None:
         finished = load_checkpoint(checkpoint).step >= size["steps"]
         flags += "" if finished else " --resume auto"

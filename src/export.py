@@ -22,9 +22,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint, load_checkpoint, load_model, load_weights, save_checkpoint
-from config import ROOT, Settings, TrainConfig, UserError, from_dict, parse_args, run, to_dict
+from config import (
+    ROOT,
+    SamplingConfig,
+    Settings,
+    TrainConfig,
+    UserError,
+    from_dict,
+    parse_args,
+    run,
+    to_dict,
+)
 from device import pick_device
-from diffusion import make_scheduler
+from diffusion import check_steps, make_scheduler
 from files import make_folder, read_json
 from model import DiffusionModel, unet_arguments
 
@@ -50,7 +60,7 @@ def embed(labels):  # (N, {classes}) multi-hot; zeros: no condition
 objects = {objects}
 labels = torch.zeros(1, {classes})
 labels[0, objects["{first}"]] = 1
-scheduler.set_timesteps(50)
+scheduler.set_timesteps({sampling_steps})
 x = torch.randn(1, {channels}, {side}, {side})
 guidance_scale = 3.0
 with torch.no_grad():
@@ -95,6 +105,7 @@ def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
         name=config.run_name, size=config.model.image_size, side=unet.config.sample_size,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, steps=checkpoint.step,
         prediction=config.noise.prediction_type, classes=len(objects), objects=json.dumps(objects),
+        sampling_steps=check_steps(config.noise, SamplingConfig(scheduler="ddim")),
         average="averaged" if checkpoint.ema else "last", first=next(iter(objects)),
         channels=unet.config.in_channels, patch=config.model.patch_size,
         scaling=config.noise.scaling_factor, shift=config.noise.shift_factor,

@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
 
 
 def folder_name(config: TestConfig) -> str:
-    """Such as ddim50-guidance3: other sampling, seeds and judges have other names, side by side."""
+    """Such as ddim50-guidance3: other sampling, seeds and --judge files go side by side."""
     sampling = config.sampling
     strength = sampling.classifier_guidance_scale
     name = f"{sampling.scheduler}{sampling.num_inference_steps}-guidance{sampling.guidance_scale:g}"

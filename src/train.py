@@ -27,7 +27,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from checkpoint import (
+    Checkpoint,
+    DamagedFileError,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from config import RECIPES, SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
 from dataset import DataPaths, IclevrDataset, find_data, get_dataloader, read_conditions
 from device import autocast, autocast_dtype, pick_device
@@ -50,9 +56,9 @@ from tracking import Tracker
 
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
 FREE_ON_RESUME = {
-    "epochs", "max_train_steps", "output_dir", "run_name", "resume", "save_interval",
-    "sample_interval", "log_interval", "keep_last", "keep_best", "num_workers", "device", "wandb",
-    "wandb_project", "dry_run", "data", "preview",
+    "recipe", "epochs", "max_train_steps", "max_skipped_steps", "output_dir", "run_name", "resume",
+    "save_interval", "sample_interval", "log_interval", "keep_last", "keep_best", "num_workers",
+    "device", "wandb", "wandb_project", "dry_run", "data", "preview",
 }  # fmt: skip
 
 
@@ -154,15 +160,15 @@ def latest_whole_checkpoint(run_dir: Path) -> Path | None:
     """The latest one that can be read; says which damaged ones it passes over.
 
     Raises:
-        UserError: there are some, but none can be read.
+        UserError: there are some, but all are damaged, or one can't be read for another reason.
     """
     error = None
     for path in reversed(checkpoints(run_dir)):
         try:
             load_checkpoint(path)
             return path
-        except UserError as caught:
-            error = caught
+        except DamagedFileError as caught:
+            error = error or caught
             print(f"warning: {caught}; looking for an earlier one", file=sys.stderr)
     if error is not None:
         raise error
@@ -202,7 +208,8 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
     bad = ~grad_norm.isfinite()  # stays on the device: nothing waits for it
-    if not state.scaler.is_enabled():
+    supported = getattr(state.optimizer, "_step_supports_amp_scaling", False)
+    if supported and not state.scaler.is_enabled():
         # As GradScaler does for float16: the fused optimiser then leaves everything as it is.
         state.optimizer.found_inf = bad.float()
     state.skipped = torch.stack([state.skipped[0] + bad, (state.skipped[1] + 1) * bad])
@@ -275,6 +282,9 @@ class Preview:
             if judge is None:
                 raise UserError("--preview_fd_samples: needs a judge; name one with --evaluator")
             self.reference = load_reference(paths, judge)
+            _ = self.reference.features  # computed now: what fails should not fail hours later
+        if config.keep_best and judge is None:
+            raise UserError("--keep_best: needs a judge; name one with --evaluator")
 
     def __call__(self, model: DiffusionModel, path: Path) -> dict[str, Any]:
         """Write the grid; returns what to log."""
@@ -414,14 +424,15 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         if in_a_row >= limit:
             raise UserError(
                 f"the last {in_a_row} steps before step {state.step} had NaN or infinite gradients "
-                "and were skipped: lower --lr, or with fp16 try --mixed_precision bf16; last "
-                f"checkpoint: {saved or 'none'}"
+                "and were skipped: start another --run_name with a lower --lr, or bf16 instead of "
+                f"fp16; last checkpoint: {saved or 'none'}"
             )
         return total
 
     def save(name: str | None = None) -> Path:
-        # The end must not be a network that gives NaN.
-        check_skipped(1 if state.step == total_steps else config.max_skipped_steps)
+        # A few skipped steps harm nothing; but no run ends well with a network that gives NaN.
+        limit = config.max_skipped_steps
+        check_skipped(min(limit, 10) if state.step == total_steps else limit)
         name = name or f"model_epoch_{math.ceil(state.step / steps_per_epoch)}.pth"
         save_checkpoint(
             path := run_dir / "checkpoints" / name,
@@ -452,7 +463,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     shown: dict[str, str] = {}
     saved, saved_step = resumed_from, state.step
     losses: list[Tensor] = list(checkpoint.training.get("losses", [])) if resumed_from else []
-    best = checkpoint.training.get("best", -1.0) if resumed_from else -1.0
+    best_path = run_dir / "checkpoints" / "best.pth"
+    best = load_checkpoint(best_path).training["best"] if best_path.exists() else -1.0
     since, timed_from = time.perf_counter(), state.step
     with (
         contextlib.ExitStack() as stack,

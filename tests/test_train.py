@@ -171,13 +171,18 @@ def test_a_checkpoint_that_comes_out_damaged_leaves_the_old_one(trained, tmp_pat
     save_checkpoint(path, checkpoint)
     real = torch.save
 
-    def failing_disk(content, target):
-        real(content, target)
-        damage_middle(target)
+    def cut_short(target):
+        target.write_bytes(target.read_bytes()[:-100])
 
-    monkeypatch.setattr(torch, "save", failing_disk)
-    with pytest.raises(UserError, match="came out damaged; check the disk"):
-        save_checkpoint(path, replace(checkpoint, step=99))
+    for harm in (damage_middle, cut_short):
+
+        def failing_disk(content, target, harm=harm):
+            real(content, target)
+            harm(target)
+
+        monkeypatch.setattr(torch, "save", failing_disk)
+        with pytest.raises(UserError, match="came out damaged; check the disk"):
+            save_checkpoint(path, replace(checkpoint, step=99))
     assert load_checkpoint(path).step == checkpoint.step
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
 
@@ -200,6 +205,14 @@ def test_only_the_last_and_the_best_are_kept(trained, tmp_path):
     }  # fmt: skip
     best = load_checkpoint(folder / "best.pth")
     assert best.epoch == 2 and best.training["best"] == 0.6
+    # Going on, a worse preview leaves it; a better one does not.
+    for accuracy, epoch in ((0.5, 2), (0.7, 6)):
+        accuracies = iter([accuracy])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.Preview, "__call__", preview)
+            epochs = str(5 if accuracy == 0.5 else 6)
+            train.main(["--resume", str(tmp_path / "r"), "--epochs", epochs])
+        assert load_checkpoint(folder / "best.pth").epoch == epoch
 
 
 def test_moved_run_goes_on_where_it_lies(world, tmp_path):
@@ -259,6 +272,12 @@ def test_a_step_with_nan_is_skipped_and_counted(world, tmp_path, monkeypatch):
     weights = load_checkpoint(path)
     assert all(v.isfinite().all() for v in [*weights.model.values(), *weights.ema.values()])
     assert weights.training["skipped"].tolist() == [2, 0]
+
+
+def test_a_skipped_last_step_ends_the_run_as_any_other(world, tmp_path, monkeypatch):
+    poison(monkeypatch, {2})
+    checkpoint = load_checkpoint(train.main(train_argv(world, tmp_path, "--epochs", 1)))
+    assert checkpoint.step == 3 and checkpoint.training["skipped"].tolist() == [1, 1]
 
 
 def test_many_nan_in_a_row_stop_with_the_last_good_checkpoint(world, tmp_path, monkeypatch):
