@@ -8,18 +8,10 @@ from typing import Any
 import torch
 
 import metrics
-from config import ModelConfig
+from config import RECIPES
 
-SMALL = ModelConfig(
-    image_size=32,
-    block_out_channels=(64, 64, 128, 128),
-    down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    layers_per_block=1,
-    attention_head_dim=32,
-    norm_num_groups=8,
-)
-"""A network of the demo's kind, which a CPU can train."""
+SMALL = RECIPES["small"].model
+"""The demo's network, which a CPU can train."""
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,7 @@ draws that are there already are not made again.
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -36,9 +36,8 @@ from config import (
 )
 from dataset import SPLITS
 from diffusion import check_steps, make_scheduler, picture_seeds, sample
-from evaluator import git_blob_hash
 from files import atomic_write, make_folder, read_json, write_json
-from guidance_scale import Draw
+from guidance_scale import Draw, sweep_key
 from intervals import Interval, clip, frechet_interval, mean_interval
 from metrics import record
 from realism import frechet_floor
@@ -190,11 +189,18 @@ def draw_chart(report: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def one_at_a_time(sampling: SamplingConfig) -> SamplingConfig:
+    """The original's loop, at the same guidance scale."""
+    return SamplingConfig(
+        scheduler="ddpm", num_inference_steps=100, batch_size=1, mixed_precision="no",
+        guidance_scale=sampling.guidance_scale,
+    )  # fmt: skip
+
+
 def timing(config: StepsConfig, bench: Bench, fast: SamplingConfig) -> dict[str, list[float]]:
     """Seconds per picture, in turns: one at a time with 100 DDPM steps, and `fast` in batches."""
     noise = bench.checkpoint.config.noise
-    original = replace(fast, scheduler="ddpm", num_inference_steps=100, batch_size=1,
-                       guidance_interval=(0.0, 1.0), mixed_precision="no")  # fmt: skip
+    original = one_at_a_time(fast)
     labels = bench.labels["test"]
 
     def seconds(sampling: SamplingConfig, count: int) -> float:
@@ -217,10 +223,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
     config = parse_args(StepsConfig, argv)
     bench = open_bench(config.ckpt_path, config.data, config.device,
                        with_reference=config.num_fd_samples > 0)  # fmt: skip
-    key = f"{git_blob_hash(config.ckpt_path)[:10]}-{git_blob_hash(bench.judge.path)[:10]}"
-    folder = config.output_dir / f"{bench.run_name}-{key}-guidance{config.guidance_scale:g}"
+    sampling = SamplingConfig(
+        guidance_scale=config.guidance_scale, mixed_precision=config.mixed_precision
+    )
+    key = sweep_key(config.ckpt_path, config.num_fd_samples, bench, sampling)
+    folder = config.output_dir / f"{bench.run_name}-guidance{config.guidance_scale:g}-{key}"
     make_folder(folder)
     chosen = samplers(config, bench)
+    for kind in (LONG, SOLVERS):
+        if not any(name.split()[0] in kind for name in chosen):
+            raise UserError(f"{config.ckpt_path}: its timesteps suit none of {', '.join(kind)}")
+    check_steps(bench.checkpoint.config.noise, one_at_a_time(sampling))  # before all the drawing
     draws: dict[str, list[Draw]] = {}
     for number, (name, sampling) in enumerate(chosen.items(), start=1):
         draws[name] = []

@@ -23,12 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import machine
+from common import SMALL, machine
 from sampling_steps import share_interval, shares
 
 from checkpoint import load_checkpoint
 from config import (
-    RECIPES,
     ROOT,
     DataConfig,
     PositiveFloat,
@@ -38,6 +37,7 @@ from config import (
     UserError,
     parse_args,
     run,
+    to_dict,
 )
 from dataset import find_data
 from device import pick_device
@@ -48,7 +48,6 @@ from metrics import record
 from scoring import draw_splits, open_bench
 from train import latest_checkpoint
 
-SMALL = RECIPES["small"].model
 NETWORK = (
     f"--image_size {SMALL.image_size} --layers_per_block {SMALL.layers_per_block}"
     f" --block_out_channels {' '.join(map(str, SMALL.block_out_channels))}"
@@ -126,10 +125,10 @@ def train_slice(flags: str, run_dir: Path, steps: int, seconds: float) -> None:
 
 
 def flags_of(config: TimeConfig, recipe: str, name: str, steps: int) -> str:
-    data = (
-        ""
-        if config.data.data_dir is None
-        else f"--data_dir {shlex.quote(str(config.data.data_dir))}"
+    data = " ".join(
+        f"--{name} {shlex.quote(str(path))}"
+        for name, path in vars(config.data).items()
+        if path is not None
     )
     return (
         f"--run_name {name} --output_dir {shlex.quote(str(config.output_dir))} {data}"
@@ -141,9 +140,10 @@ def flags_of(config: TimeConfig, recipe: str, name: str, steps: int) -> str:
 def plan_steps(config: TimeConfig) -> dict[str, int]:
     """Steps that fit into the budget, from 100 of each recipe; kept for a second start."""
     path = config.output_dir / "plan.json"
+    settings = {k: v for k, v in to_dict(config).items() if k != "output_dir"}
     if path.exists():
         plan = read_json(path)
-        if plan["minutes"] != config.minutes or plan["network"] != config.network:
+        if plan["settings"] != settings:
             raise UserError(f"{path}: made with other settings; choose another --output_dir")
         return plan["steps"]
     steps = {}
@@ -153,7 +153,7 @@ def plan_steps(config: TimeConfig) -> dict[str, int]:
         train_slice(flags, config.output_dir / name, 100, 1e9)
         seconds = seconds_trained(config.output_dir / name)
         steps[recipe] = round(config.minutes * 60 * 100 / seconds)
-    write_json(path, {"minutes": config.minutes, "network": config.network, "steps": steps})
+    write_json(path, {"settings": settings, "steps": steps})
     return steps
 
 

@@ -99,14 +99,14 @@ def guidance_scales(config: SweepConfig) -> list[float]:
     return [round(config.scale_min + i * config.scale_step, 6) for i in range(int(count) + 1)]
 
 
-def sweep_key(config: SweepConfig, bench: Bench, sampling: SamplingConfig) -> str:
+def sweep_key(ckpt_path: Path, num_fd_samples: int, bench: Bench, sampling: SamplingConfig) -> str:
     """Hash of all that a draw depends on; draws of other settings are never mixed in."""
     device = next(bench.model.parameters()).device
     parts = {
-        "checkpoint": git_blob_hash(config.ckpt_path),
+        "checkpoint": git_blob_hash(ckpt_path),
         "judge": git_blob_hash(bench.judge.path),
         "guide": git_blob_hash(bench.guide.path) if sampling.classifier_guidance_scale else None,
-        "fd": config.num_fd_samples if bench.reference else 0,
+        "fd": num_fd_samples if bench.reference else 0,
         "training": bench.reference and bench.reference.key,
         "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
         "sampling": to_dict(replace(sampling, guidance_scale=0.0, batch_size=1)),
@@ -323,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
     sampling = SamplingConfig(**vars(replace(config.sampling, num_inference_steps=steps)))
-    name = f"{sampling.scheduler}{steps}-{sweep_key(config, bench, sampling)}"
+    key = sweep_key(config.ckpt_path, config.num_fd_samples, bench, sampling)
+    name = f"{sampling.scheduler}{steps}-{key}"
     name += "-guided_by_the_judge" if sampling.classifier_guidance_scale else ""
     folder = config.output_dir / bench.run_name / "guidance_scale" / name
     make_folder(folder)

@@ -208,8 +208,7 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
     bad = ~grad_norm.isfinite()  # stays on the device: nothing waits for it
-    supported = getattr(state.optimizer, "_step_supports_amp_scaling", False)
-    if supported and not state.scaler.is_enabled():
+    if not state.scaler.is_enabled():
         # As GradScaler does for float16: the fused optimiser then leaves everything as it is.
         state.optimizer.found_inf = bad.float()
     state.skipped = torch.stack([state.skipped[0] + bad, (state.skipped[1] + 1) * bad])
