@@ -2,19 +2,20 @@
 
     python benchmarks/time_to_accuracy.py --minutes 90
 
-Both recipes train in turns, in slices of --slice_minutes, each as its own `python src/train.py`
-that is stopped (SIGTERM) and resumed; only its steps count as time. The checkpoint at the end of
-each slice is then scored with the same sampler. Each learning rate's decay ends with the budget.
-The original recipe here drops conditions picture by picture, not batch by batch as the original
-did. Writes table, chart and JSON to output/benchmarks/time_to_accuracy/; a second start goes on.
+Both recipes train at the same time, each `python src/train.py` with half of the processor's cores,
+so that what disturbs the machine disturbs both; only their steps count as time. Each learning
+rate's decay ends with the budget. Then every checkpoint is scored with the same sampler. The
+original recipe here drops conditions picture by picture, not batch by batch as the original did.
+Writes table, chart and JSON to output/benchmarks/time_to_accuracy/; a second start goes on.
 """
 
 import json
+import math
+import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ from guidance_scale import Draw
 from intervals import Interval
 from metrics import record
 from scoring import draw_splits, open_bench
-from train import latest_checkpoint
+from train import checkpoints, latest_checkpoint
 
 NETWORK = (
     f"--image_size {SMALL.image_size} --layers_per_block {SMALL.layers_per_block}"
@@ -67,8 +68,8 @@ class TimeConfig(Settings):
 
     minutes: PositiveFloat = 90.0
     """Training time of each recipe."""
-    slice_minutes: PositiveFloat = 10.0
-    """Time between two checkpoints."""
+    num_checkpoints: PositiveInt = 9
+    """About so many of each recipe are written and scored, evenly spaced, in whole epochs."""
     num_seeds: PositiveInt = 4
     """Draws of both splits for each checkpoint."""
     guidance_scale: float = 5.0
@@ -80,81 +81,83 @@ class TimeConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
 
 
-def seconds_trained(run_dir: Path) -> float:
-    """Time spent in steps so far, from the images per second in metrics.jsonl."""
+def seconds_trained(run_dir: Path, until: float = math.inf) -> float:
+    """Time spent in the steps up to `until`, from the images per second in metrics.jsonl."""
     config = read_json(run_dir / "config.json")
     seconds, step = 0.0, 0
     for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
-        if "images_per_s" in values:
+        if "images_per_s" in values and values["step"] <= until:
             seconds += (values["step"] - step) * config["batch_size"] / values["images_per_s"]
             step = values["step"]
     return seconds
 
 
-def train_slice(flags: str, run_dir: Path, steps: int, seconds: float) -> None:
-    """Train until `seconds` of steps have gone by, then stop and save.
+def train_all(config: TimeConfig, runs: dict[str, tuple[str, int, int]]) -> None:
+    """Train all recipes side by side, or go on; Ctrl-C stops and saves all.
+
+    Args:
+        runs: recipe -> name of its run, steps, epochs between checkpoints.
 
     Raises:
-        UserError: training failed.
+        UserError: a training failed.
     """
-    latest = latest_checkpoint(run_dir)
-    if latest and load_checkpoint(latest).step >= steps:
-        return  # all of its steps are done
-    resume = "--resume auto" if latest else ""
-    metrics, done = run_dir / "metrics.jsonl", 0.0
-    if resume:
-        done = seconds_trained(run_dir)
-    script = str(ROOT / "src" / "train.py")
-    process = subprocess.Popen(
-        [sys.executable, script, *shlex.split(f"{flags} {resume}")],
-        start_new_session=True,  # Ctrl-C is this process's business
-    )
-    size = metrics.stat().st_size if metrics.exists() else 0
+    threads = max(1, (os.cpu_count() or 1) // len(runs))
+    processes = {}
+    for recipe, (name, steps, save_interval) in runs.items():
+        latest = latest_checkpoint(config.output_dir / name)
+        if latest and load_checkpoint(latest).step >= steps:
+            continue  # all of its steps are done
+        flags = (
+            f"--run_name {name} --output_dir {shlex.quote(str(config.output_dir))}"
+            f" --max_train_steps {steps} --epochs 1000000 --save_interval {save_interval}"
+            f" --sample_interval 1000000 --wandb disabled {data_flags(config.data)}"
+            f" {config.network} {FLAGS[recipe]} {'--resume auto' if latest else ''}"
+        )
+        processes[recipe] = subprocess.Popen(
+            [sys.executable, str(ROOT / "src" / "train.py"), *shlex.split(flags)],
+            start_new_session=True,  # Ctrl-C is this process's business
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
     try:
-        while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= size):
-            time.sleep(0.2)  # until the first steps are done
-        while process.poll() is None and seconds_trained(run_dir) - done < seconds:
-            time.sleep(0.5)
+        for process in processes.values():
+            process.wait()
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        code = process.wait()
-    if code not in (0, 128 + signal.SIGTERM):
-        raise UserError(f"src/train.py {flags}: ended with exit code {code}")
+        for process in processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+    for recipe, process in processes.items():
+        if process.returncode:
+            raise UserError(f"{recipe}: training ended with exit code {process.returncode}")
 
 
-def flags_of(config: TimeConfig, recipe: str, name: str, steps: int) -> str:
-    data = " ".join(
-        f"--{name} {shlex.quote(str(path))}"
-        for name, path in vars(config.data).items()
-        if path is not None
-    )
-    return (
-        f"--run_name {name} --output_dir {shlex.quote(str(config.output_dir))} {data}"
-        f" --max_train_steps {steps} --epochs 1000000 --save_interval 1000000"
-        f" --sample_interval 1000000 --wandb disabled {config.network} {FLAGS[recipe]}"
+def data_flags(data: DataConfig) -> str:
+    return " ".join(
+        f"--{name} {shlex.quote(str(path))}" for name, path in vars(data).items() if path
     )
 
 
-def plan_steps(config: TimeConfig) -> dict[str, int]:
-    """Steps that fit into the budget, from 100 of each recipe; kept for a second start."""
+def plan_runs(config: TimeConfig) -> dict[str, tuple[str, int, int]]:
+    """Steps that fit into the budget, from the speed of 100; kept for a second start."""
     path = config.output_dir / "plan.json"
     settings = {k: v for k, v in to_dict(config).items() if k != "output_dir"}
     if path.exists():
         plan = read_json(path)
         if plan["settings"] != settings:
             raise UserError(f"{path}: made with other settings; choose another --output_dir")
-        return plan["steps"]
-    steps = {}
-    for recipe in FLAGS:
-        name = f"probe-{recipe}"
-        flags = flags_of(config, recipe, name, 100)
-        train_slice(flags, config.output_dir / name, 100, 1e9)
-        seconds = seconds_trained(config.output_dir / name)
-        steps[recipe] = round(config.minutes * 60 * 100 / seconds)
-    write_json(path, {"settings": settings, "steps": steps})
-    return steps
+        return {recipe: tuple(values) for recipe, values in plan["runs"].items()}
+    probes = {recipe: (f"probe-{recipe}", 100, 1000000) for recipe in FLAGS}
+    train_all(config, probes)
+    pictures = len(read_json(find_data(config.data).data_dir / "train.json"))
+    runs = {}
+    for recipe, (name, probed, _) in probes.items():
+        folder = config.output_dir / name
+        steps = max(1, round(config.minutes * 60 * probed / seconds_trained(folder)))
+        epochs = steps * read_json(folder / "config.json")["batch_size"] / pictures
+        runs[recipe] = (recipe, steps, max(1, round(epochs / config.num_checkpoints)))
+    write_json(path, {"settings": settings, "runs": runs})
+    return runs
 
 
 def score(config: TimeConfig, path: Path) -> dict:
@@ -176,28 +179,20 @@ def main(argv: Sequence[str] | None = None) -> dict:
     config = parse_args(TimeConfig, argv)
     find_data(config.data)  # an error ends it here
     make_folder(config.output_dir)
-    steps = plan_steps(config)
+    train_all(config, plan_runs(config))
     path = config.output_dir / "time_to_accuracy.json"
     report = read_json(path) if path.exists() else {"points": {recipe: [] for recipe in FLAGS}}
-    slices = round(config.minutes / config.slice_minutes)
-    for number in range(1, slices + 1):
-        for recipe in FLAGS:
-            points = report["points"][recipe]
-            if len(points) >= number:
-                continue
-            run_dir = config.output_dir / recipe
-            done = seconds_trained(run_dir) if latest_checkpoint(run_dir) else 0.0
-            left = number * config.slice_minutes * 60 - done
-            if left > 1:
-                print(f"\n{recipe}, slice {number} of {slices}", flush=True)
-                train_slice(
-                    flags_of(config, recipe, recipe, steps[recipe]), run_dir, steps[recipe], left
-                )
-            checkpoint = latest_checkpoint(run_dir)
-            minutes = seconds_trained(run_dir) / 60
-            points.append({"minutes": minutes} | score(config, checkpoint))
-            report["machine"] = machine(pick_device(None))
-            write_json(path, report)
+    report["machine"] = machine(pick_device(None))
+    for recipe in FLAGS:
+        points = report["points"][recipe]
+        run_dir = config.output_dir / recipe
+        for checkpoint in checkpoints(run_dir):
+            if all(point["checkpoint"] != checkpoint.name for point in points):
+                print(f"{recipe}: {checkpoint.name}", flush=True)
+                points.append({"checkpoint": checkpoint.name} | score(config, checkpoint))
+                points[-1]["minutes"] = seconds_trained(run_dir, points[-1]["step"]) / 60
+                points.sort(key=lambda point: point["step"])
+                write_json(path, report)
     text = summary(report)
     with atomic_write(config.output_dir / "time_to_accuracy.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

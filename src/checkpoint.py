@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import TrainConfig, UserError, from_dict, to_dict
+from config import ROOT, TrainConfig, UserError, from_dict, to_dict
 from files import atomic_write
 from model import DiffusionModel
 
 FORMAT = "iclevr-ddpm-1"
+PRETRAINED = ROOT / "data" / "standin" / "model.pth"
+"""The network that comes with the repository, trained on the stand-in; for sampling only."""
 
 
 class DamagedFileError(UserError):

@@ -99,6 +99,9 @@ class ModelConfig(Settings):
     leaves that one out."""
     dropout: Probability = 0.0
     """Dropout before the second convolution of a ResBlock."""
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    """How time and condition enter a ResBlock: added, or as scale and shift of its second
+    GroupNorm (Dhariwal & Nichol 2021, section 4.2)."""
     num_classes: PositiveInt = 24
     """Length of the multi-hot condition."""
 

@@ -1,7 +1,8 @@
 """The whole job on a machine with nothing but Python: data, training, test, sweep.
 
-    python src/demo.py            # under 20 minutes on 2 CPU cores
-    python src/demo.py --quick    # the same stages in miniature, to see that they work
+    python src/demo.py                 # under 20 minutes on 2 CPU cores
+    python src/demo.py --quick         # the same stages in miniature, to see that they work
+    python src/demo.py --pretrained    # straight to pictures, by the network that comes with it
 
 Every stage is one of the repository's scripts, shown as the command it stands for. A stage whose
 result is there is skipped; an interrupted one goes on where it stopped.
@@ -20,7 +21,7 @@ import render_iclevr
 import test
 import train
 from checkpoint import load_checkpoint
-from config import ROOT, Settings, parse_args, run
+from config import ROOT, Settings, UserError, parse_args, run
 from dataset import SHIPPED_EVALUATOR
 from files import read_json, write_json
 
@@ -40,6 +41,8 @@ QUICK = {
 }
 SAMPLER = "--scheduler ddim --num_inference_steps 20"
 SAMPLING = f"{SAMPLER} --guidance_scale 5"
+PRETRAINED_SAMPLING = "--scheduler dpmpp --num_inference_steps 12 --guidance_scale 5"
+PROMPT = '--prompt "red sphere, cyan cylinder, cyan cube"'
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class DemoConfig(Settings):
 
     quick: bool = False
     """In miniature (under 2 minutes): shows that all stages work; the pictures are blobs."""
+    pretrained: bool = False
+    """Train nothing: test the network in data/standin/, in about a minute."""
     output_dir: Path = ROOT / "output"
     """Data, run and results go to folders in here."""
 
@@ -79,8 +84,21 @@ class Stages:
         write_json(self.report, {"seconds": self.seconds})
 
 
+def show_pretrained(output: Path) -> None:
+    """Both test splits and a scene of three objects, by the network that comes with the repo."""
+    results = f"--output_dir {shlex.quote(str(output / 'result'))}"
+    flags = f"{results} {PRETRAINED_SAMPLING} --num_seeds 2 --num_fd_samples 0 --wandb disabled"
+    for more in (flags, f"{results} {PRETRAINED_SAMPLING} {PROMPT}"):
+        print(f"\n$ python src/test.py {more}", flush=True)
+        test.main(shlex.split(more))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(DemoConfig, argv)
+    if config.pretrained:
+        if config.quick:
+            raise UserError("--quick --pretrained: choose one of them")
+        return show_pretrained(config.output_dir)
     size = QUICK if config.quick else FULL
     name = "demo-quick" if config.quick else "demo"
     output = config.output_dir

@@ -1,11 +1,13 @@
-"""Hand a trained network to diffusers, and take one back.
+"""Hand a trained network to others: to diffusers and back, or as a small file for sampling.
 
     python src/export.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
     python src/export.py --to checkpoint --ckpt_path output/export/ddpm-cfg-v1
+    python src/export.py --to half --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
 
 The folder that it writes holds unet/ for `diffusers.UNet2DModel.from_pretrained`, scheduler/ for
 diffusers' schedulers, class_embedding.safetensors (the MLP whose output is the U-Net's
 `class_labels`), settings.json and README.md, a model card that shows how to use them together.
+`--to half` writes the averaged weights alone, in half precision: an eighth of the checkpoint.
 """
 
 import json
@@ -18,12 +20,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint, load_checkpoint, load_model, load_weights, save_checkpoint
 from config import (
     ROOT,
+    DataConfig,
     SamplingConfig,
     Settings,
     TrainConfig,
@@ -82,10 +86,31 @@ class ExportConfig(Settings):
 
     ckpt_path: Path
     """Checkpoint of src/train.py; with --to checkpoint, a folder of this script."""
-    to: Literal["diffusers", "checkpoint"] = "diffusers"
-    """What to write."""
+    to: Literal["diffusers", "checkpoint", "half"] = "diffusers"
+    """diffusers: a folder that it loads; checkpoint: such a folder as a checkpoint again; half: a
+    checkpoint for sampling only, float16."""
     out: Path | None = None
     """Folder or file to write (default: output/export/<run>, output/export/<run>.pth)."""
+
+
+def without_paths(config: TrainConfig) -> TrainConfig:
+    """The settings of a run, without where on its machine it lay."""
+    return replace(config, output_dir=Path("output"), data=DataConfig(), resume=None)
+
+
+def to_half(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """The averaged weights in float16, for sampling only: no optimiser state.
+
+    Raises:
+        UserError: the weights are not those of the settings, or do not fit into float16.
+    """
+    model = load_model(checkpoint, path, torch.device("cpu"))
+    weights = {key: value.half() for key, value in model.state_dict().items()}
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {key} does not fit into float16; use --to diffusers")
+    config = replace(without_paths(checkpoint.config), ema=False)
+    return replace(checkpoint, config=config, model=weights, ema=None, training={})
 
 
 def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
@@ -111,7 +136,7 @@ def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
         scaling=config.noise.scaling_factor, shift=config.noise.shift_factor,
     )  # fmt: skip
     settings = {
-        "config": to_dict(config), "objects": objects, "epoch": checkpoint.epoch,
+        "config": to_dict(without_paths(config)), "objects": objects, "epoch": checkpoint.epoch,
         "step": checkpoint.step,
     }  # fmt: skip
     make_folder(out.parent)
@@ -167,17 +192,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Returns the path that was written."""
     config = parse_args(ExportConfig, argv)
     exported = config.ckpt_path.is_dir()
-    if config.to == "diffusers" and exported:
+    if config.to != "checkpoint" and exported:
         raise UserError(f"{config.ckpt_path}: is a folder; --to checkpoint turns it back")
     if config.to == "checkpoint" and not exported:
         raise UserError(f"{config.ckpt_path}: no folder; name one that src/export.py has written")
     checkpoint = (from_diffusers if exported else load_checkpoint)(config.ckpt_path)
-    suffix = ".pth" if config.to == "checkpoint" else ""
+    suffix = "" if config.to == "diffusers" else ".pth"
     out = config.out or ROOT / "output" / "export" / (checkpoint.config.run_name + suffix)
     if out.exists():
         raise UserError(f"{out}: is there already; name another with --out")
     if config.to == "diffusers":
         to_diffusers(checkpoint, config.ckpt_path, out)
+    elif config.to == "half":
+        save_checkpoint(out, to_half(checkpoint, config.ckpt_path))
     else:
         save_checkpoint(out, checkpoint)
     print(out)

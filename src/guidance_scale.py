@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
+from checkpoint import PRETRAINED
 from config import (
     ROOT,
     DataConfig,
@@ -55,8 +56,8 @@ MAX_SCALES = 1000
 class SweepConfig(Settings):
     """Accuracy over the guidance scale."""
 
-    ckpt_path: Path
-    """Checkpoint of src/train.py."""
+    ckpt_path: Path = PRETRAINED
+    """Checkpoint of src/train.py (default: the pretrained network, see data/README.md)."""
     scale_min: Annotated[float, Field(ge=-100, le=100)] = 1.0
     """First guidance scale."""
     scale_max: Annotated[float, Field(ge=-100, le=100)] = 10.0

@@ -66,6 +66,8 @@ def unet_arguments(config: ModelConfig) -> dict[str, Any]:
         dropout=config.dropout,
         attention_head_dim=config.attention_head_dim,
         norm_num_groups=config.norm_num_groups,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
+        attn_norm_num_groups=config.norm_num_groups,  # diffusers' default is none, with scale_shift
         class_embed_type="identity",
     )
 

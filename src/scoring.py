@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint, load_checkpoint, load_model
+from checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_model
 from config import DataConfig, SamplingConfig, UserError
 from dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
 from device import pick_device
@@ -75,6 +75,8 @@ def open_bench(
     judge = load_evaluator(judge_path, objects, device) if judge_path else guide
     labels = {split: read_conditions(paths.data_dir, split, objects)[1] for split in SPLITS}
     model = load_model(checkpoint, ckpt_path, device)
+    origin = "pretrained on the stand-in; " if ckpt_path == PRETRAINED else ""
+    print(f"network: {origin}{checkpoint.config.run_name}, step {checkpoint.step}, {ckpt_path}")
     print(f"judge: {judge.name}, threshold {judge.threshold:.2f}, {judge.path}")
     reference = None
     if with_reference:

@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from checkpoint import PRETRAINED
 from config import (
     ROOT,
     DataConfig,
@@ -55,8 +56,8 @@ class TestConfig(Settings):
 
     __test__ = False  # not a test case, whatever pytest thinks of the name
 
-    ckpt_path: Path
-    """Checkpoint of src/train.py."""
+    ckpt_path: Path = PRETRAINED
+    """Checkpoint of src/train.py (default: the pretrained network, see data/README.md)."""
     num_seeds: Annotated[int, Field(ge=1, le=1000)] = 1
     """Draws of every picture; with several, accuracies are their mean and 95% interval."""
     seed: Seed = 0

@@ -49,6 +49,10 @@ class ResBlock2D(nn.Module):
     """GroupNorm, SiLU, conv; plus embedding; GroupNorm, SiLU, dropout, conv; plus shortcut.
 
     (N, in_channels, H, W), (N, temb_channels) -> (N, out_channels, H, W).
+
+    Args:
+        time_scale_shift: the embedding is not added, but scales and shifts the features behind
+            the second GroupNorm (Dhariwal & Nichol 2021, section 4.2).
     """
 
     def __init__(
@@ -59,11 +63,13 @@ class ResBlock2D(nn.Module):
         groups: int = 32,
         eps: float = 1e-5,
         dropout: float = 0.0,
+        time_scale_shift: bool = False,
     ):
         super().__init__()
+        self.time_scale_shift = time_scale_shift
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_channels, out_channels)
+        self.time_emb_proj = nn.Linear(temb_channels, out_channels * (1 + time_scale_shift))
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
@@ -75,8 +81,13 @@ class ResBlock2D(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        emb = self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        if self.time_scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(F.silu(h)))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return shortcut + h
 
@@ -89,17 +100,18 @@ class SelfAttention2D(nn.Module):
     Args:
         channels: C.
         head_dim: d, channels of a head; there are C // d heads. None: one head of C channels.
+        groups: of the GroupNorm before it; None: no norm.
     """
 
     def __init__(
-        self, channels: int, head_dim: int | None = 8, groups: int = 32, eps: float = 1e-5
+        self, channels: int, head_dim: int | None = 8, groups: int | None = 32, eps: float = 1e-5
     ):
         super().__init__()
         self.head_dim = head_dim or channels
         inner = channels // self.head_dim * self.head_dim
         if inner == 0:
             raise ValueError(f"attention_head_dim {head_dim} exceeds the {channels} channels")
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups else None
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
@@ -107,7 +119,8 @@ class SelfAttention2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, H * W, C)
+        normed = x if self.group_norm is None else self.group_norm(x)
+        tokens = normed.flatten(2).transpose(1, 2)  # (N, H * W, C)
         q, k, v = (  # (N, heads, H * W, d)
             project(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
@@ -155,6 +168,7 @@ class DownBlock2D(nn.Module):
         groups: int = 32,
         eps: float = 1e-5,
         dropout: float = 0.0,
+        time_scale_shift: bool = False,
     ):
         super().__init__()
         if self.has_attention:
@@ -165,7 +179,7 @@ class DownBlock2D(nn.Module):
         self.resnets = nn.ModuleList(
             ResBlock2D(
                 in_channels if i == 0 else out_channels,
-                out_channels, temb_channels, groups, eps, dropout,
+                out_channels, temb_channels, groups, eps, dropout, time_scale_shift,
             )
             for i in range(num_layers)
         )  # fmt: skip
@@ -215,6 +229,7 @@ class UpBlock2D(nn.Module):
         groups: int = 32,
         eps: float = 1e-5,
         dropout: float = 0.0,
+        time_scale_shift: bool = False,
     ):
         super().__init__()
         if self.has_attention:
@@ -228,9 +243,10 @@ class UpBlock2D(nn.Module):
             skip_channels = in_channels if i == num_layers - 1 else out_channels
             self.resnets.append(
                 ResBlock2D(
-                    channels + skip_channels, out_channels, temb_channels, groups, eps, dropout
+                    channels + skip_channels, out_channels, temb_channels, groups, eps, dropout,
+                    time_scale_shift,
                 )
-            )
+            )  # fmt: skip
         self.add_upsample = add_upsample
         channels = prev_output_channel if add_upsample == "before" else out_channels
         self.upsamplers = nn.ModuleList([Upsample2D(channels)]) if add_upsample else None
@@ -265,13 +281,16 @@ class UNetMidBlock2D(nn.Module):
         groups: int = 32,
         eps: float = 1e-5,
         dropout: float = 0.0,
+        time_scale_shift: bool = False,
+        attn_groups: int | None = 32,
     ):
         super().__init__()
         self.attentions = nn.ModuleList(
-            [SelfAttention2D(channels, attention_head_dim, groups, eps)]
+            [SelfAttention2D(channels, attention_head_dim, attn_groups, eps)]
         )
         self.resnets = nn.ModuleList(
-            ResBlock2D(channels, channels, temb_channels, groups, eps, dropout) for _ in range(2)
+            ResBlock2D(channels, channels, temb_channels, groups, eps, dropout, time_scale_shift)
+            for _ in range(2)
         )
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
@@ -296,6 +315,9 @@ class UNet2DModel(nn.Module):
         attention_head_dim: channels of an attention head; None: one head of all channels.
         norm_num_groups, norm_eps: of every GroupNorm.
         dropout: before the second convolution of every ResBlock.
+        resnet_time_scale_shift: "default": the embedding is added; "scale_shift": see `ResBlock2D`.
+        attn_norm_num_groups: of the GroupNorm in the mid block's attention; None: norm_num_groups,
+            but no norm with "scale_shift" (as in diffusers).
         class_embed_type: "identity": `class_labels` is an embedding (N, D), added to the time
             embedding; None: unconditional.
         halve_every_block: not in diffusers. Every down block halves the picture, the last one
@@ -320,6 +342,8 @@ class UNet2DModel(nn.Module):
         norm_eps: float = 1e-5,
         class_embed_type: str | None = None,
         halve_every_block: bool = False,
+        resnet_time_scale_shift: str = "default",
+        attn_norm_num_groups: int | None = None,
     ):
         super().__init__()
         levels = len(block_out_channels)
@@ -336,6 +360,11 @@ class UNet2DModel(nn.Module):
                 )
         if class_embed_type not in (None, "identity"):
             raise ValueError(f"class_embed_type {class_embed_type!r}: use 'identity' or None")
+        if resnet_time_scale_shift not in ("default", "scale_shift"):
+            raise ValueError(
+                f"resnet_time_scale_shift {resnet_time_scale_shift!r}: "
+                "use 'default' or 'scale_shift'"
+            )
         halvings = levels if halve_every_block else levels - 1
         if sample_size is not None and sample_size % 2**halvings:
             raise ValueError(
@@ -350,6 +379,7 @@ class UNet2DModel(nn.Module):
             groups=norm_num_groups,
             eps=norm_eps,
             dropout=dropout,
+            time_scale_shift=resnet_time_scale_shift == "scale_shift",
         )
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
         self.time_embedding = TimestepEmbedding(block_out_channels[0], self.time_embed_dim)
@@ -368,7 +398,9 @@ class UNet2DModel(nn.Module):
             )
             channels = block_out_channels[i]
 
-        self.mid_block = UNetMidBlock2D(channels, **common)
+        if attn_norm_num_groups is None and resnet_time_scale_shift == "default":
+            attn_norm_num_groups = norm_num_groups
+        self.mid_block = UNetMidBlock2D(channels, attn_groups=attn_norm_num_groups, **common)
 
         self.up_blocks = nn.ModuleList()
         for i, name in enumerate(up_block_types):

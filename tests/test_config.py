@@ -101,7 +101,8 @@ def test_bad_settings_in_a_file_are_refused(change, words):
     [
         "train.py --epochs 0",
         "test.py --ckpt_path nowhere.pth",
-        "test.py",
+        "test.py --ckpt_path",
+        "demo.py --quick --pretrained",
         "guidance_scale.py --ckpt_path nowhere.pth",
         "train_evaluator.py --data_dir nowhere",
         "render_iclevr.py --width 1",

@@ -82,6 +82,32 @@ def test_and_back(patched, tmp_path):
     )
 
 
+def test_half_is_small_and_draws_the_same(patched, tmp_path):
+    path, model, folder = patched
+    half = export.main(
+        ["--to", "half", "--ckpt_path", str(path), "--out", str(tmp_path / "half.pth")]
+    )
+    assert half.stat().st_size < 0.6 * path.stat().st_size  # that one holds the weights twice
+    assert str(tmp_path).encode() not in half.read_bytes()  # no path of this machine
+    assert str(tmp_path) not in (folder / "settings.json").read_text()
+    checkpoint = load_checkpoint(half)
+    assert all(value.dtype == torch.float16 for value in checkpoint.model.values())
+    again = load_model(checkpoint, half, torch.device("cpu"))
+    config = SamplingConfig(scheduler="ddim", num_inference_steps=5, mixed_precision="no")
+    first, second = (
+        sample(m, checkpoint.config.noise, torch.eye(24)[:2], [0, 1], config, progress=False)[0]
+        for m in (model, again)
+    )
+    torch.testing.assert_close(first, second, atol=0.02, rtol=0)
+    assert next(again.parameters()).dtype == torch.float32
+
+    loaded = load_checkpoint(path)
+    loaded.ema["unet.conv_in.bias"][0] = 1e6
+    save_checkpoint(tmp_path / "large.pth", loaded)
+    argv = ["--to", "half", "--ckpt_path", tmp_path / "large.pth", "--out", tmp_path / "no.pth"]
+    assert "unet.conv_in.bias does not fit into float16" in error_of(export.main, argv)
+
+
 def test_what_cannot_be_exported_is_refused(patched, tmp_path):
     path, _, folder = patched
     argv = ["--ckpt_path", path, "--out", folder]

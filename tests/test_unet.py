@@ -60,6 +60,27 @@ CONFIGS = {
         norm_num_groups=8,
         class_embed_type="identity",
     ),
+    "embedding as scale and shift, dropout": dict(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        dropout=0.3,  # in eval mode: no effect
+        class_embed_type="identity",
+        resnet_time_scale_shift="scale_shift",
+    ),
+    "the same with a norm in the mid block's attention": dict(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=4,
+    ),
 }
 
 
