@@ -50,7 +50,9 @@ from scoring import draw_splits, open_bench
 from train import checkpoints, latest_checkpoint
 
 NETWORK = (
-    f"--image_size {SMALL.image_size} --layers_per_block {SMALL.layers_per_block}"
+    f"--image_size {SMALL.image_size} --patch_size {SMALL.patch_size}"
+    f" --layers_per_block {SMALL.layers_per_block}"
+    f" --resnet_time_scale_shift {SMALL.resnet_time_scale_shift}"
     f" --block_out_channels {' '.join(map(str, SMALL.block_out_channels))}"
     f" --down_block_types {' '.join(SMALL.down_block_types)}"
     f" --up_block_types {' '.join(SMALL.up_block_types)}"
@@ -64,7 +66,7 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class TimeConfig(Settings):
-    """Train both recipes in turns and score them along the way."""
+    """Train both recipes side by side and score them along the way."""
 
     minutes: PositiveFloat = 90.0
     """Training time of each recipe."""
