@@ -8,10 +8,18 @@ from typing import Any
 import torch
 
 import metrics
-from config import RECIPES
+from config import ModelConfig
 
-SMALL = RECIPES["small"].model
-"""The demo's network, which a CPU can train."""
+
+def model_flags(model: ModelConfig) -> str:
+    """The flags of a network, such as "--image_size 64 --patch_size 2": what is not the default."""
+    flags = []
+    for name, value in vars(model).items():
+        if value != getattr(ModelConfig(), name):
+            values = value if isinstance(value, tuple) else (value,)
+            text = "" if value is True else " ".join(map(str, values))
+            flags.append(f"--{name} {text}".strip())
+    return " ".join(flags)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

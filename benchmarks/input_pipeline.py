@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,10 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from common import SMALL, interleave, machine, ratios, show, spread, synchronize, table
+from common import interleave, machine, ratios, show, spread, synchronize, table
 
 from config import (
+    RECIPES,
     ROOT,
     ModelConfig,
     NonNegativeInt,
@@ -81,7 +82,7 @@ class PipelineConfig(Settings):
     """cuda, cuda:1, mps, cpu ... (default: the best there is); trains the network."""
     out: Path = ROOT / "output" / "benchmarks" / "input_pipeline.json"
     """Where the figures go."""
-    model: ModelConfig = field(default_factory=lambda: replace(SMALL, image_size=64))
+    model: ModelConfig = RECIPES["small"].model
 
 
 class DecodingDataset(Dataset):

@@ -1,11 +1,7 @@
 """Training steps: this repository's network against diffusers' `UNet2DModel`.
 
     python benchmarks/training_step.py                                # a small network, for a CPU
-    python benchmarks/training_step.py --compile --batch_size 64 --image_size 64 \\
-        --block_out_channels 128 128 256 256 512 512 --layers_per_block 2 --norm_num_groups 32 \\
-        --attention_head_dim 8 --down_block_types DownBlock2D DownBlock2D DownBlock2D DownBlock2D \\
-        AttnDownBlock2D DownBlock2D --up_block_types UpBlock2D AttnUpBlock2D UpBlock2D UpBlock2D \\
-        UpBlock2D UpBlock2D                                           # the full-size one, for a GPU
+    python benchmarks/training_step.py --recipe original --compile    # the full-size one, for a GPU
 
 Both run src/train.py's own step with the same weights, pictures, random numbers, layout, fused
 AdamW and weight average, in float32 and in bfloat16 autocast. One more row is diffusers as its
@@ -17,24 +13,27 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from common import SMALL, interleave, machine, ratios, show, spread, synchronize, table
+from common import interleave, machine, ratios, show, spread, synchronize, table
 
 import train
 from config import (
+    RECIPES,
     ROOT,
     ModelConfig,
     PositiveInt,
+    RecipeName,
     Settings,
     TrainConfig,
     UserError,
@@ -57,7 +56,9 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
 class StepConfig(Settings):
     """Measure training steps of this repository's network and of diffusers'."""
 
-    batch_size: PositiveInt = 16
+    recipe: RecipeName = "small"
+    """Network and batch size, unless given by their own flags."""
+    batch_size: PositiveInt = RECIPES["small"].batch_size
     """Pictures of one optimiser step."""
     rounds: PositiveInt = 5
     """Every variant is measured once a round."""
@@ -69,7 +70,7 @@ class StepConfig(Settings):
     """cuda, cuda:1, mps, cpu ... (default: the best there is)."""
     out: Path = ROOT / "output" / "benchmarks" / "training_step.json"
     """Where the figures go."""
-    model: ModelConfig = field(default_factory=lambda: SMALL)
+    model: ModelConfig = RECIPES["small"].model
 
 
 class DiffusersModel(nn.Module):
@@ -79,9 +80,12 @@ class DiffusersModel(nn.Module):
         super().__init__()
         self.unet = diffusers.UNet2DModel(**unet_arguments(config))
         self.class_embedding = DiffusionModel(config).class_embedding
+        self.patch_size = config.patch_size
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return self.unet(x_t, t, self.class_embedding(labels)).sample
+        patches = F.pixel_unshuffle(x_t, self.patch_size)
+        prediction = self.unet(patches, t, self.class_embedding(labels)).sample
+        return F.pixel_shuffle(prediction, self.patch_size)
 
 
 class Variant:
@@ -239,11 +243,14 @@ def pairs(config: StepConfig, device: torch.device) -> dict[str, tuple[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse_args(StepConfig, argv)
+    recipe = parse_args(StepConfig, argv).recipe
+    config = parse_args(
+        StepConfig,
+        argv,
+        replace(StepConfig(), model=RECIPES[recipe].model, batch_size=RECIPES[recipe].batch_size),
+    )
     if config.model.halve_every_block:
         raise UserError("--halve_every_block: diffusers' network has no such thing; leave it out")
-    if config.model.patch_size != 1:
-        raise UserError("--patch_size: diffusers' network has no such thing; leave it out")
     device = pick_device(config.device)
     flops = 3 * stages(config.model)[2]  # the backward pass costs twice the forward pass
     matmuls = {  # first: what cuBLAS allocates is no variant's memory

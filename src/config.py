@@ -223,6 +223,8 @@ class TrainConfig(Settings):
     """Mirror half of the training pictures."""
     mixed_precision: Precision = "auto"
     """auto: bf16 where the device computes in it, else no."""
+    compile: bool = False
+    """Compile the network with torch.compile: faster steps after a first one that takes minutes."""
     zero_init: bool = False
     """Start every residual branch and the output at 0, and object embeddings at unit scale;
     else all weights start as PyTorch's."""
@@ -232,6 +234,9 @@ class TrainConfig(Settings):
     """Name of the run; its folder lies in --output_dir."""
     output_dir: Path = ROOT / "output"
     """Folder of all runs."""
+    init_from: Path | None = None
+    """Start from the averaged weights in this checkpoint, as data/standin/model.pth; network and
+    noise schedule default to its."""
     resume: str | None = None
     """auto, a run folder or a checkpoint: go on from there; other flags default to its."""
     save_interval: PositiveInt = 50

@@ -95,7 +95,8 @@ class ExportConfig(Settings):
 
 def without_paths(config: TrainConfig) -> TrainConfig:
     """The settings of a run, without where on its machine it lay."""
-    return replace(config, output_dir=Path("output"), data=DataConfig(), resume=None)
+    nowhere = dict(output_dir=Path("output"), data=DataConfig(), resume=None, init_from=None)
+    return replace(config, **nowhere)
 
 
 def to_half(checkpoint: Checkpoint, path: Path) -> Checkpoint:

@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
 
 
 def folder_name(config: TestConfig) -> str:
-    """Such as ddim50-guidance3: other sampling, seeds and --judge files go side by side."""
+    """Such as ddim50-guidance3: other sampling, seeds and judges go side by side."""
     sampling = config.sampling
     strength = sampling.classifier_guidance_scale
     name = f"{sampling.scheduler}{sampling.num_inference_steps}-guidance{sampling.guidance_scale:g}"
@@ -244,6 +244,8 @@ def folder_name(config: TestConfig) -> str:
         name += f"-seeds{config.seed}to{config.seed + config.num_seeds - 1}"
     elif config.seed:
         name += f"-seed{config.seed}"
+    if config.data.evaluator:
+        name += f"-evaluator_{config.data.evaluator.stem}"
     return name + (f"-judge_{config.judge.stem}" if config.judge else "")
 
 

@@ -3,6 +3,7 @@
     python src/train.py --epochs 500
     python src/train.py --recipe small --epochs 20  # a small network, on a CPU
     python src/train.py --resume auto          # go on after an interruption
+    python src/train.py --init_from data/standin/model.pth    # start from a trained network
 
 Writes output/<run_name>/: config.json, metrics.jsonl, checkpoints/model_epoch_N.pth and previews
 samples/epoch_N.png, whose accuracy is logged.
@@ -56,9 +57,9 @@ from tracking import Tracker
 
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
 FREE_ON_RESUME = {
-    "recipe", "epochs", "max_train_steps", "max_skipped_steps", "output_dir", "run_name", "resume",
-    "save_interval", "sample_interval", "log_interval", "keep_last", "keep_best", "num_workers",
-    "device", "wandb", "wandb_project", "dry_run", "data", "preview",
+    "recipe", "init_from", "resume", "epochs", "max_train_steps", "max_skipped_steps", "output_dir",
+    "run_name", "save_interval", "sample_interval", "log_interval", "keep_last", "keep_best",
+    "num_workers", "device", "compile", "wandb", "wandb_project", "dry_run", "data", "preview",
 }  # fmt: skip
 
 
@@ -102,7 +103,11 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
             that is in use already.
     """
     config = parse_args(TrainConfig, argv)
-    config = parse_args(TrainConfig, argv, default=RECIPES[config.recipe])
+    default = RECIPES[config.recipe]
+    if config.init_from:
+        start = load_checkpoint(config.init_from).config
+        default = replace(default, model=start.model, noise=start.noise)
+    config = parse_args(TrainConfig, argv, default=default)
     run_dir = config.output_dir / config.run_name
     if config.dry_run:
         return config, None
@@ -220,6 +225,26 @@ def train_step(
         update_ema(state.ema, state.model, decay)
     state.step += 1
     return loss.detach(), grad_norm
+
+
+def start_from(state: TrainState, config: TrainConfig, objects: dict[str, int]) -> None:
+    """Take over the averaged weights of --init_from; everything else starts afresh.
+
+    Raises:
+        UserError: it was trained for other objects, or with another network or noise schedule.
+    """
+    path = config.init_from
+    checkpoint = load_checkpoint(path)
+    if checkpoint.objects != objects:
+        raise UserError(f"--init_from {path}: was trained for other objects, or another order")
+    for kind in ("model", "noise"):
+        for name, value in vars(getattr(checkpoint.config, kind)).items():
+            if (given := getattr(getattr(config, kind), name)) != value:
+                raise UserError(
+                    f"--{name} {given}: {path} was trained with {value}; leave the flag out"
+                )
+    for model in filter(None, (state.model, state.ema)):
+        load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
 
 
 def data_key(dataset: IclevrDataset) -> str:
@@ -397,6 +422,10 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             raise UserError(
                 f"{resumed_from}: all {state.step} steps are done; raise {limit} to go on"
             )
+    elif config.init_from:
+        start_from(state, config, objects)
+    if config.compile:
+        state.model.compile()  # in place: names of weights stay as they are
     preview = Preview(config, paths, objects, judge)
 
     run_dir = config.output_dir / config.run_name
@@ -492,6 +521,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                     images_per_s = (state.step - timed_from) * len(x_0) / seconds
                     values = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
                               "images_per_s": images_per_s, "skipped_steps": skipped}  # fmt: skip
+                    if device.type == "cuda":
+                        values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
                     log({k: v for k, v in values.items() if v is not None and math.isfinite(v)})
                     shown |= {"loss": f"{loss:.4f}" if finite else "NaN", "lr": f"{lr:.1e}",
                               "img/s": f"{images_per_s:.0f}"}  # fmt: skip

@@ -15,6 +15,7 @@ from filelock import FileLock
 from PIL import Image
 
 import demo
+import export
 import guidance_scale
 import test
 import train
@@ -221,6 +222,33 @@ def test_moved_run_goes_on_where_it_lies(world, tmp_path):
     path = train.main(["--resume", str(tmp_path / "new" / "r"), "--epochs", "2"])
     assert path == tmp_path / "new" / "r" / "checkpoints" / "model_epoch_2.pth"
     assert not (tmp_path / "old").exists()
+
+
+def test_a_run_starts_from_the_weights_of_another(trained, tmp_path):
+    data, _, path = trained
+    half = tmp_path / "h.pth"
+    export.main(["--to", "half", "--ckpt_path", str(path), "--out", str(half)])
+    argv = ["--data_dir", data, "--output_dir", tmp_path, "--device", "cpu", "--wandb", "disabled",
+            "--max_train_steps", 1, "--preview_steps", 5, "--lr_warmup_steps", 0,
+            "--lr", 1e-9, "--weight_decay", 0]  # fmt: skip
+    for name, source in (("whole", path), ("half", half)):
+        flags = [*argv, "--init_from", source, "--run_name"]
+        begun = load_checkpoint(train.main([str(a) for a in [*flags, name]]))
+        start = load_checkpoint(source)
+        assert begun.step == 1
+        assert begun.config.model == start.config.model  # without its flags
+        weights = start.ema or start.model
+        for key, value in begun.ema.items():
+            torch.testing.assert_close(value, weights[key].float(), atol=1e-6, rtol=0)
+    message = error_of(train.main, [*flags, "x", "--norm_num_groups", 4])
+    assert "--norm_num_groups 4" in message and "leave the flag out" in message
+    message = error_of(train.main, [*flags, "x", "--prediction_type", "sample"])
+    assert "--prediction_type sample" in message
+    assert "not found" in error_of(train.main, [*argv, "--init_from", tmp_path / "nothing.pth"])
+    assert not (tmp_path / "x").exists()
+    # Once begun, it goes on without the file that it started from.
+    half.unlink()
+    train.main(["--resume", str(tmp_path / "half"), "--max_train_steps", "2"])
 
 
 def test_resuming_on_other_pictures_is_refused(world, tmp_path):
@@ -547,6 +575,11 @@ def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, 
     assert report["other_judge"]["judge"] == "trained on data, guided by the judge"
     assert set(report["other_judge"]["difference"]) == {"test", "new_test"}
     assert (folder.parent / f"{folder.name}-judge_second".replace("ddim", "ddpm")).is_dir()
+    # Another judge in the first one's place lies beside it, too.
+    second = ["--scheduler", "ddim", "--num_inference_steps", 5, "--evaluator"]
+    report = test.main([str(a) for a in [*argv, *second, tmp_path / "second.pth"]])
+    assert report["judge"] == "trained on data, seed 1"
+    assert (folder.parent / "ddim5-guidance3-seeds0to1-evaluator_second").is_dir()
 
     # More of what it likes: the likelihood of the conditions, by the judge that guides.
     bench = test.open_bench(path, test.DataConfig(data_dir=data), "cpu")
