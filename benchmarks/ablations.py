@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import numpy as np
-from common import machine
-from sampling_steps import share_interval
-from training_runs import plan_runs, score, seconds_trained, train_all
+from common import interval_or_none, machine
+from training_runs import minutes_trained, plan_runs, score_all, train_all
 
+from checkpoint import load_checkpoint
 from config import (
     ROOT,
     DataConfig,
@@ -30,12 +30,10 @@ from config import (
     UserError,
     parse_args,
     run,
-    to_dict,
 )
-from dataset import find_data
 from device import pick_device
 from files import atomic_write, make_folder, read_json, write_json
-from intervals import Interval, mean_interval
+from intervals import Interval
 from train import latest_checkpoint
 
 BASE = "small"
@@ -77,7 +75,10 @@ class AblationConfig(Settings):
     """Which to train; the recipe as it is always comes along."""
     num_seeds: PositiveInt = 8
     """Draws of both splits."""
-    sampling: SamplingConfig = SamplingConfig(scheduler="dpmpp", num_inference_steps=12)
+    sampling: SamplingConfig = SamplingConfig(
+        scheduler="ddim", num_inference_steps=50, guidance_scale=5.0
+    )
+    """Of all; enough steps that no variant suffers from their number."""
     output_dir: Path = ROOT / "output" / "benchmarks" / "ablations"
     """Runs and results go in here."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -88,30 +89,23 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for name in config.variants:
         if name not in VARIANTS:
             raise UserError(f"--variants {name}: unknown; there are {', '.join(VARIANTS)}")
-    find_data(config.data)  # an error ends it here
     make_folder(config.output_dir)
     names = [BASE, *(name for name in config.variants if name != BASE)]
     flags = {name: f"--recipe small {VARIANTS[name][0]}" for name in names}
-    runs = plan_runs(flags, config.minutes, 1, config.output_dir, config.data)
-    train_all(runs, config.output_dir, config.data)
+    runs = plan_runs(flags, config.minutes, 1, config.output_dir, config.data, at_once=2)
+    train_all(runs, config.output_dir, config.data, at_once=2)
+    found = {name: latest_checkpoint(config.output_dir / name) for name in names}
+
+    def describe(name: str) -> dict:
+        run_dir = config.output_dir / name
+        pictures = load_checkpoint(found[name]).step
+        pictures *= read_json(run_dir / "config.json")["batch_size"]
+        return {"minutes": minutes_trained(run_dir), "pictures": pictures, "flags": flags[name]}
+
     path = config.output_dir / "ablations.json"
-    how = {"sampling": to_dict(config.sampling), "seeds": config.num_seeds}
-    report = how | {"rows": {}}
-    if path.exists():
-        report = read_json(path)
-        if how != {key: report[key] for key in how}:
-            raise UserError(f"{path}: scored with other settings; move it away first")
+    report = score_all(found, config.data, config.sampling, config.num_seeds, path, describe)
     report["machine"] = machine(pick_device(None))
-    for name in names:
-        if name not in report["rows"]:
-            print(name, flush=True)
-            run_dir = config.output_dir / name
-            checkpoint = latest_checkpoint(run_dir)
-            row = score(checkpoint, config.data, config.sampling, config.num_seeds)
-            row |= {"minutes": seconds_trained(run_dir) / 60, "flags": flags[name]}
-            row["pictures"] = row["step"] * read_json(run_dir / "config.json")["batch_size"]
-            report["rows"][name] = row
-            write_json(path, report)
+    write_json(path, report)
     text = summary(report)
     with atomic_write(config.output_dir / "ablations.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -122,29 +116,27 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def summary(report: dict) -> str:
     """A line for each variant, with its difference to the recipe as it is."""
     lines = [
-        "| change | flag | pictures seen | accuracy | difference | exact sets |",
-        "|---|---|---:|---:|---:|---:|",
+        "| change | flag | minutes | pictures seen | accuracy | difference | exact sets |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
-    base = np.array(report["rows"][BASE]["draws"]["accuracy"])
-    for name, row in report["rows"].items():
-        difference = "-"
-        if name != BASE:
-            paired = np.array(row["draws"]["accuracy"]) - base
-            equal = len(set(paired.tolist())) == 1
-            interval = Interval(float(paired[0]), None, None) if equal else mean_interval(paired)
-            difference = str(interval)
+    base = np.array(report["points"][BASE]["draws"]["accuracy"])
+    for name, row in report["points"].items():
+        paired = np.array(row["draws"]["accuracy"]) - base
         flag, what = VARIANTS[name]
-        cells = " | ".join(
-            [f"{row['pictures']:,}", str(Interval(**row["accuracy"])), difference,
-             str(share_interval(np.array(row["draws"]["exact_sets"])))]
-        )  # fmt: skip
-        lines.append(f"| {what} | {f'`{flag}`' if flag else ''} | {cells} |")
-    minutes = report["rows"][BASE]["minutes"]
+        cells = [
+            what,
+            f"`{flag}`" if flag else "",
+            f"{row['minutes']:.1f}",
+            f"{row['pictures']:,}",
+            str(Interval(**row["accuracy"])),
+            "-" if name == BASE else str(interval_or_none(paired)),
+            str(Interval(**row["exact_sets"])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"{minutes:.0f} minutes of training each; judge: {report['rows'][BASE]['judge']}; "
-        f"{report['machine']['device']}; mean of both splits, {report['seeds']} seeds, "
-        "95% interval",
+        f"judge: {report['judge']}; {report['machine']['device']}, half of the cores each; mean of "
+        f"both splits; one training each, 95% intervals over {report['seeds']} draws",
     ]
     return "\n".join(lines)
 

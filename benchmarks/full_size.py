@@ -10,10 +10,9 @@ memory), then the training with the faster of both, with its previews' accuracy 
 test splits. Writes table, chart and JSON to output/benchmarks/full_size/; a second start goes on.
 """
 
-import json
+import math
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import matplotlib.pyplot as plt
 import torch
 from common import machine, show, spread, table
+from training_runs import NEVER, Run, check_data, data_flags, records, train_all
 from training_step import Matmul
 
 import test
@@ -34,13 +34,13 @@ from config import (
     NonNegativeInt,
     PositiveInt,
     Settings,
+    TrainConfig,
     UserError,
     from_dict,
     parse_args,
     run,
     to_dict,
 )
-from dataset import find_data, read_objects, read_train
 from device import autocast_dtype, pick_device
 from files import atomic_write, make_folder, read_json, write_json
 from intervals import Interval
@@ -55,14 +55,14 @@ SAMPLING = "--scheduler dpmpp --num_inference_steps 12 --num_fd_samples 0 --wand
 class FullSizeConfig(Settings):
     """Train the full-size network with the default command and measure."""
 
-    epochs: NonNegativeInt = 500
-    """Epochs of the training; 0: only speed and memory."""
+    epochs: NonNegativeInt | None = None
+    """Epochs of the training (default: 500, with --toy 1); 0: only speed and memory."""
     steps: PositiveInt = 200
     """Optimiser steps of each measurement of the speed; the first fifth is warm-up."""
     num_seeds: PositiveInt = 4
     """Draws of both test splits at the end."""
     toy: bool = False
-    """A small network and few steps, to see that everything works where there is no GPU."""
+    """A small network on small pictures, to see that everything works where there is no GPU."""
     device: str | None = None
     """cuda, cuda:1, cpu ... (default: the best there is)."""
     output_dir: Path = ROOT / "output" / "benchmarks" / "full_size"
@@ -70,66 +70,15 @@ class FullSizeConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
 
 
-def lines(run_dir: Path, key: str) -> list[dict]:
-    """The records of metrics.jsonl that hold `key`."""
-    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
-    return [values for line in text.splitlines() if key in (values := json.loads(line))]
-
-
-def train(config: FullSizeConfig, name: str, flags: str) -> Path:
-    """`python src/train.py` in a process of its own, or go on with it; the run's folder.
-
-    Raises:
-        UserError: it failed.
-    """
-    run_dir = config.output_dir / name
-    if latest_checkpoint(run_dir):
-        if (run_dir / "done").exists():
-            return run_dir
-        flags += " --resume auto"
-    elif config.toy:
-        flags += f" {TOY}"
-    data = " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in vars(config.data).items() if v)
-    where = f"--run_name {name} --output_dir {shlex.quote(str(config.output_dir))} {data}"
-    device = f"--device {config.device}" if config.device else ""
-    command = f"{ROOT / 'src' / 'train.py'} {flags} {where} {device} --wandb disabled"
-    print(f"\n$ python src/train.py {flags}", flush=True)
-    code = subprocess.run([sys.executable, *shlex.split(command)]).returncode
-    if code:
-        raise UserError(f"src/train.py {flags}: ended with exit code {code}")
-    (run_dir / "done").touch()
-    return run_dir
-
-
-def speed(run_dir: Path, config: FullSizeConfig) -> dict:
+def speed(run_dir: Path, steps: int) -> dict:
     """Pictures/s after the warm-up, the warm-up's seconds and the peak memory."""
-    logged = lines(run_dir, "images_per_s")
-    batch_size = read_json(run_dir / "config.json")["batch_size"]
-    warm = [r["images_per_s"] for r in logged if r["step"] > config.steps / 5]
-    cold, done = 0.0, 0
-    for record in logged:
-        if record["step"] <= config.steps / 5:
-            cold += (record["step"] - done) * batch_size / record["images_per_s"]
-            done = record["step"]
+    logged = [r for r in records(run_dir) if "images_per_s" in r]
+    cold = [r for r in logged if r["step"] <= steps / 5]
     return {
-        "pictures_per_s": spread(warm),
-        "warm_up_s": cold,
+        "pictures_per_s": spread([r["images_per_s"] for r in logged if r not in cold]),
+        "warm_up_s": 60 * cold[-1]["minutes"] if cold else 0.0,
         "peak_memory_gib": logged[-1].get("peak_memory_gib"),
     }
-
-
-def accuracy_over_time(run_dir: Path) -> list[dict]:
-    """Minutes of training (previews not counted) and accuracy of every preview."""
-    batch_size = read_json(run_dir / "config.json")["batch_size"]
-    seconds, done, points = 0.0, 0, []
-    for record in lines(run_dir, "step"):
-        if "images_per_s" in record:
-            seconds += (record["step"] - done) * batch_size / record["images_per_s"]
-            done = record["step"]
-        if "preview_accuracy" in record:
-            names = ("step", "epoch", "preview_accuracy", "preview_exact_sets")
-            points.append({"minutes": seconds / 60} | {name: record[name] for name in names})
-    return points
 
 
 def draw_chart(points: list[dict], title: str, path: Path) -> None:
@@ -152,26 +101,35 @@ def main(argv: Sequence[str] | None = None) -> dict:
     device = pick_device(config.device)
     if device.type == "cpu" and not config.toy:
         raise UserError("no GPU: the full-size network would take months here; use --toy")
-    paths = find_data(config.data)
-    pictures = len(read_train(paths.data_dir, read_objects(paths.data_dir))[0])
+    pictures, _ = check_data(config.data)
     make_folder(config.output_dir)
-    settings = {k: v for k, v in to_dict(config).items() if k in ("steps", "toy", "data", "epochs")}
+    where = machine(device)
+    settings = {
+        "steps": config.steps, "toy": config.toy, "data": to_dict(config.data), "machine": where,
+        "recipes": {name: to_dict(recipe) for name, recipe in RECIPES.items()},
+    }  # fmt: skip
     plan = config.output_dir / "settings.json"
     if plan.exists() and read_json(plan) != settings:
         raise UserError(f"{plan}: made with other settings; choose another --output_dir")
     write_json(plan, settings)
+    common = f"{TOY if config.toy else ''} --device {device}"
 
     dtype = autocast_dtype("auto", device) or torch.float32
     matmul = Matmul(device, dtype)
     rates = [matmul() for _ in range(5)]
-    del matmul  # its memory is the training's
+    del matmul
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # its memory is the training's
     variants = {}
-    for name, flags in (("eager", ""), ("compiled", "--compile")):
-        flags = f"--max_train_steps {config.steps} --sample_interval 1000000 {flags}".strip()
-        run_dir = train(config, f"speed-{name}", flags)
-        variants[name] = speed(run_dir, config)
-        stored = read_json(run_dir / "config.json")
-        recipe = from_dict(type(RECIPES["original"]), stored, str(run_dir))
+    for name, flag in (("eager", ""), ("compiled", "--compile")):
+        flags = f"{common} {flag} --max_train_steps {config.steps} --sample_interval {NEVER}"
+        flags += (
+            f" --save_interval {NEVER} --epochs {NEVER} --log_interval {-(-config.steps // 10)}"
+        )
+        train_all({f"speed-{name}": Run(flags, config.steps)}, config.output_dir, config.data)
+        run_dir = config.output_dir / f"speed-{name}"
+        variants[name] = speed(run_dir, config.steps)
+        recipe = from_dict(TrainConfig, read_json(run_dir / "config.json"), str(run_dir))
         flops = 3 * stages(recipe.model)[2]  # the backward pass costs twice the forward pass
         share = [
             rate * flops / statistics.median(rates)
@@ -181,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         variants[name]["epoch_s"] = pictures / variants[name]["pictures_per_s"]["median"]
     faster = max(variants, key=lambda name: variants[name]["pictures_per_s"]["median"])
     report = {
-        "machine": machine(device),
+        "machine": where,
         "settings": to_dict(config),
         "parameters": stages(recipe.model)[1],
         "training_flops_per_picture": flops,
@@ -210,23 +168,30 @@ def main(argv: Sequence[str] | None = None) -> dict:
             },
         ),
     ]
-    if config.epochs:
-        flags = f"--epochs {config.epochs}" + (" --compile" if faster == "compiled" else "")
-        run_dir = train(config, "run", flags)
-        points = accuracy_over_time(run_dir)
+    epochs = (1 if config.toy else 500) if config.epochs is None else config.epochs
+    if epochs:
+        flags = f"{common} --epochs {epochs}" + (" --compile" if faster == "compiled" else "")
+        flags += " --sample_interval 1" if config.toy else ""
+        steps = epochs * math.ceil(pictures / recipe.batch_size)
+        train_all({"run": Run(flags, steps)}, config.output_dir, config.data)
+        run_dir = config.output_dir / "run"
+        points = [r for r in records(run_dir) if "preview_accuracy" in r]
         report |= {"accuracy_over_time": points, "minutes": points[-1]["minutes"]}
-        draw_chart(points, report["machine"]["device"], config.output_dir / "full_size.png")
+        draw_chart(points, where["device"], config.output_dir / "full_size.png")
         flags = f"--ckpt_path {shlex.quote(str(latest_checkpoint(run_dir)))} {SAMPLING}"
-        flags += f" --num_seeds {config.num_seeds} --output_dir "
-        flags += shlex.quote(str(config.output_dir / "result"))
-        flags += "".join(f" --{k} {shlex.quote(str(v))}" for k, v in vars(config.data).items() if v)
+        flags += f" --num_seeds {config.num_seeds} --device {device} {data_flags(config.data)}"
+        flags += f" --output_dir {shlex.quote(str(config.output_dir / 'result'))}"
         tested = test.main(shlex.split(flags))
         report["test"] = {name: tested[name] for name in ("judge", "figures", "sampling")}
-        accuracy = {s: str(Interval(**f["accuracy"])) for s, f in tested["figures"].items()}
-        exact = {s: str(Interval(**f["exact_sets"])) for s, f in tested["figures"].items()}
+        columns = {
+            name.replace("_", " "): {
+                s: str(Interval(**f[name])) for s, f in tested["figures"].items()
+            }
+            for name in ("accuracy", "exact_sets")
+        }
         text += [
-            f"{config.epochs} epochs: {report['minutes']:.1f} minutes; judge: {tested['judge']}",
-            table("split", {"accuracy": accuracy, "exact sets": exact}),
+            f"{epochs} epochs: {report['minutes']:.1f} minutes in steps; judge: {tested['judge']}",
+            table("split", columns),
         ]
     write_json(config.output_dir / "full_size.json", report)
     with atomic_write(config.output_dir / "full_size.md") as temporary:

@@ -19,7 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import interleave, machine, ratios, show, spread
+from common import (
+    interleave,
+    interval_or_none,
+    machine,
+    ratios,
+    share_interval,
+    shares,
+    show,
+    spread,
+)
 
 from config import (
     ROOT,
@@ -34,11 +43,10 @@ from config import (
     run,
     to_dict,
 )
-from dataset import SPLITS
 from diffusion import check_steps, make_scheduler, picture_seeds, sample
 from files import atomic_write, make_folder, read_json, write_json
 from guidance_scale import Draw, sweep_key
-from intervals import Interval, clip, frechet_interval, mean_interval
+from intervals import Interval, frechet_interval
 from metrics import record
 from realism import frechet_floor
 from scoring import Bench, draw_frechet, draw_splits, open_bench
@@ -109,24 +117,6 @@ def evaluations(sampling: SamplingConfig, bench: Bench) -> int:
     return len(share) + (guided if both else 0)
 
 
-def shares(draws: Sequence[Draw], figure: str) -> np.ndarray:
-    """(draws,): mean of both splits, of accuracy or exact sets."""
-    key = {"accuracy": "correct", "exact_sets": "exact"}[figure]
-    values = []
-    for draw in draws:
-        whole = {s: sum(r["total"]) if key == "correct" else len(r[key])
-                 for s, r in draw.records.items()}  # fmt: skip
-        values.append(np.mean([sum(draw.records[s][key]) / whole[s] for s in SPLITS]))
-    return np.array(values)
-
-
-def share_interval(values: np.ndarray) -> Interval:
-    """Student's t over draws, within [0, 1]; no interval where nothing varies."""
-    if len(set(values.tolist())) == 1:
-        return Interval(float(values[0]), None, None)
-    return clip(mean_interval(values))
-
-
 def summarise(names: Sequence[str], draws: dict[str, list[Draw]]) -> dict[str, dict]:
     """Intervals over seeds; and against the best long run, paired by seed."""
     best = max((n for n in names if n.split()[0] in LONG),
@@ -138,11 +128,7 @@ def summarise(names: Sequence[str], draws: dict[str, list[Draw]]) -> dict[str, d
             values = shares(draws[name], figure)
             row[figure] = vars(share_interval(values))
             difference = values - shares(draws[best], figure)
-            if len(set(difference.tolist())) > 1:
-                row[f"{figure}_minus_best_long"] = vars(mean_interval(difference))
-            else:  # nothing varies
-                same = float(difference[0])
-                row[f"{figure}_minus_best_long"] = vars(Interval(same, None, None))
+            row[f"{figure}_minus_best_long"] = vars(interval_or_none(difference))
         distances = [draw.frechet for draw in draws[name] if draw.frechet is not None]
         if distances:
             row["frechet_distance"] = vars(frechet_interval(distances))

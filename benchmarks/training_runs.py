@@ -1,4 +1,4 @@
-"""Trainings of equal time, side by side: what time_to_accuracy.py and ablations.py share."""
+"""Trainings as a user runs them, in processes of their own: for the benchmarks that train."""
 
 import json
 import math
@@ -8,23 +8,33 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from sampling_steps import share_interval, shares
+from common import share_interval, shares
 
 from checkpoint import load_checkpoint
-from config import ROOT, DataConfig, SamplingConfig, UserError
-from dataset import find_data
+from config import RECIPES, ROOT, DataConfig, SamplingConfig, UserError, to_dict
+from dataset import find_data, read_objects, read_train
+from evaluator import git_blob_hash, require_evaluator
 from files import read_json, write_json
 from guidance_scale import Draw
 from metrics import record
 from scoring import draw_splits, open_bench
-from train import latest_checkpoint
+from train import latest_whole_checkpoint
 
 PROBED_STEPS = 100
+NEVER = 1000000
+
+
+class Run(NamedTuple):
+    """A training: flags of src/train.py, and the optimiser steps after which it is done."""
+
+    flags: str
+    steps: int
 
 
 def data_flags(data: DataConfig) -> str:
@@ -33,68 +43,88 @@ def data_flags(data: DataConfig) -> str:
     )
 
 
-def seconds_trained(run_dir: Path, until: float = math.inf) -> float:
-    """Time spent in the steps up to `until`, from the images per second in metrics.jsonl."""
-    config = read_json(run_dir / "config.json")
-    seconds, step = 0.0, 0
+def check_data(data: DataConfig) -> tuple[int, str]:
+    """The number of training pictures and the hash of the judge.
+
+    Raises:
+        UserError: pictures or judge are missing, before anything has been trained.
+    """
+    paths = find_data(data)
+    objects = read_objects(paths.data_dir)
+    judge = require_evaluator(paths, objects, "cpu")
+    return len(read_train(paths.data_dir, objects)[0]), git_blob_hash(judge.path)
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, with "minutes": time spent in steps so far, previews not counted."""
+    seconds, found = 0.0, []
     for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
-        if "images_per_s" in values and values["step"] <= until:
-            seconds += (values["step"] - step) * config["batch_size"] / values["images_per_s"]
-            step = values["step"]
-    return seconds
+        seconds += values.get("seconds", 0.0)
+        found.append(values | {"minutes": seconds / 60})
+    return found
 
 
-def train_all(
-    runs: dict[str, tuple[str, int, int]], output_dir: Path, data: DataConfig, at_once: int = 2
-) -> None:
-    """Train runs side by side, or go on with them; Ctrl-C stops and saves all.
+def minutes_trained(run_dir: Path, until: float = math.inf) -> float:
+    """Minutes spent in the steps up to `until`."""
+    return max((r["minutes"] for r in records(run_dir) if r["step"] <= until), default=0.0)
 
-    Each is a `python src/train.py` of its own; those that run at once share the cores, so that
-    what disturbs the machine disturbs all of them.
+
+def train_all(runs: dict[str, Run], output_dir: Path, data: DataConfig, at_once: int = 1) -> None:
+    """Train every run to its end, or go on with it; Ctrl-C and SIGTERM stop and save all.
+
+    Those that train at once share the cores, so that what disturbs the machine disturbs all.
 
     Args:
-        runs: name -> its flags, optimiser steps, epochs between checkpoints.
+        runs: name -> what to train.
         output_dir: folder of the runs.
         at_once: how many train at a time.
 
     Raises:
-        UserError: a training failed.
+        UserError: some trainings failed; the others are done.
     """
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    waiting = []
-    for name, (flags, steps, save_interval) in runs.items():
-        latest = latest_checkpoint(output_dir / name)
-        if latest and load_checkpoint(latest).step >= steps:
-            continue  # all of its steps are done
-        command = (
-            f"{flags} --run_name {name} --output_dir {shlex.quote(str(output_dir))}"
-            f" --max_train_steps {steps} --epochs 1000000 --save_interval {save_interval}"
-            f" --sample_interval 1000000 --wandb disabled {data_flags(data)}"
-            f" {'--resume auto' if latest else ''}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, (cores or 1) // at_once)
+    waiting, running, failed = list(runs), {}, []
+
+    def start(name: str) -> subprocess.Popen | None:
+        latest = latest_whole_checkpoint(output_dir / name)
+        if latest and load_checkpoint(latest).step >= runs[name].steps:
+            return None  # all of its steps are done
+        command = f"{runs[name].flags} --run_name {name} --wandb disabled {data_flags(data)}"
+        command += f" --output_dir {shlex.quote(str(output_dir))}"
+        command += " --resume auto" if latest else ""
+        print(f"\n$ python src/train.py {command}", flush=True)
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "src" / "train.py"), *shlex.split(command)],
+            start_new_session=True,  # signals are this process's business
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
-        waiting.append((name, [str(ROOT / "src" / "train.py"), *shlex.split(command)]))
-    running: dict[str, subprocess.Popen] = {}
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                name, command = waiting.pop(0)
-                running[name] = subprocess.Popen(
-                    [sys.executable, *command],
-                    start_new_session=True,  # Ctrl-C is this process's business
-                    env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                )
+                name = waiting.pop(0)
+                if process := start(name):
+                    running[name] = process
             time.sleep(0.2)
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
                     if process.returncode:
-                        raise UserError(f"{name}: training ended with code {process.returncode}")
+                        failed.append(f"{name} ({process.returncode})")
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in running.values():
             process.send_signal(signal.SIGTERM)
         for process in running.values():
             process.wait()
+    if failed:
+        raise UserError(f"trainings that failed (exit code): {', '.join(failed)}")
 
 
 def plan_runs(
@@ -103,9 +133,9 @@ def plan_runs(
     num_checkpoints: int,
     output_dir: Path,
     data: DataConfig,
-    at_once: int = 2,
-) -> dict[str, tuple[str, int, int]]:
-    """Steps that fit into the budget, from the speed of the first 100; for `train_all`.
+    at_once: int,
+) -> dict[str, Run]:
+    """Runs whose steps fit into the budget, by the speed of their first 100, for `train_all`.
 
     Kept in plan.json for a second start.
 
@@ -114,45 +144,86 @@ def plan_runs(
         num_checkpoints: about so many of each run, evenly spaced, in whole epochs.
 
     Raises:
-        UserError: the folder holds the plan of other settings.
+        UserError: the folder holds the plan of other settings, or a probe failed.
     """
+    pictures, _ = check_data(data)
     path = output_dir / "plan.json"
     settings = {
         "variants": variants, "minutes": minutes, "num_checkpoints": num_checkpoints,
         "data": data_flags(data), "at_once": at_once,
+        "recipes": {name: to_dict(recipe) for name, recipe in RECIPES.items()},
     }  # fmt: skip
     if path.exists():
         plan = read_json(path)
         if plan["settings"] != settings:
             raise UserError(f"{path}: made with other settings; choose another --output_dir")
-        return {name: tuple(values) for name, values in plan["runs"].items()}
-    probes = {f"probe-{name}": (flags, PROBED_STEPS, 1000000) for name, flags in variants.items()}
+        return {name: Run(*values) for name, values in plan["runs"].items()}
+    rare = f"--sample_interval {NEVER} --epochs {NEVER}"
+    probes = {
+        f"probe-{name}": Run(
+            f"{flags} {rare} --save_interval {NEVER} --max_train_steps {PROBED_STEPS}",
+            PROBED_STEPS,
+        )
+        for name, flags in variants.items()
+    }
     train_all(probes, output_dir, data, at_once)
-    pictures = len(read_json(find_data(data).data_dir / "train.json"))
     runs = {}
     for name, flags in variants.items():
         folder = output_dir / f"probe-{name}"
-        steps = max(1, round(minutes * 60 * PROBED_STEPS / seconds_trained(folder)))
+        steps = max(1, round(minutes * PROBED_STEPS / minutes_trained(folder)))
         epochs = steps * read_json(folder / "config.json")["batch_size"] / pictures
-        runs[name] = (flags, steps, max(1, round(epochs / num_checkpoints)))
+        interval = max(1, round(epochs / num_checkpoints))
+        flags = f"{flags} {rare} --save_interval {interval} --max_train_steps {steps}"
+        runs[name] = Run(flags, steps)
     write_json(path, {"settings": settings, "runs": runs})
     return runs
 
 
-def score(path: Path, data: DataConfig, sampling: SamplingConfig, num_seeds: int) -> dict[str, Any]:
-    """Draw both splits with a checkpoint: mean of both, with the interval over seeds.
+def score_all(
+    checkpoints: dict[str, Path],
+    data: DataConfig,
+    sampling: SamplingConfig,
+    num_seeds: int,
+    path: Path,
+    describe: Callable[[str], dict[str, Any]],
+) -> dict[str, Any]:
+    """Draw and score both splits with each checkpoint: means of both, intervals over seeds.
+
+    Args:
+        checkpoints: name -> file.
+        path: JSON that keeps the scores for a second start.
+        describe: name -> what else to note of it.
 
     Returns:
-        the intervals, each seed's value ("draws"), judge and step.
+        the content of `path`: {"points": {name: {"accuracy", "exact_sets": intervals, "draws":
+        each seed's values, "step" ...}}, "judge" ...}.
+
+    Raises:
+        UserError: `path` holds scores of other settings or another judge.
     """
-    bench = open_bench(path, data, None)
-    draws = []
-    for seed in range(num_seeds):
-        splits = draw_splits(bench, sampling, seed)
-        draws.append(Draw({split: record(result) for split, (_, result) in splits.items()}))
-    values = {figure: shares(draws, figure) for figure in ("accuracy", "exact_sets")}
-    return {figure: vars(share_interval(of_seeds)) for figure, of_seeds in values.items()} | {
-        "draws": {figure: of_seeds.tolist() for figure, of_seeds in values.items()},
-        "judge": bench.judge.name,
-        "step": bench.checkpoint.step,
-    }
+    _, judge = check_data(data)
+    how = {"sampling": to_dict(sampling), "seeds": num_seeds, "judge_hash": judge}
+    report = how | {"points": {}}
+    if path.exists():
+        report = read_json(path)
+        if how != {key: report.get(key) for key in how}:
+            raise UserError(f"{path}: scored with other settings; move it away first")
+    for name, checkpoint in checkpoints.items():
+        if name in report["points"]:
+            continue
+        print(f"score {name}", flush=True)
+        bench = open_bench(checkpoint, data, None)
+        draws = []
+        for seed in range(num_seeds):
+            splits = draw_splits(bench, sampling, seed)
+            draws.append(Draw({split: record(result) for split, (_, result) in splits.items()}))
+        values = {figure: shares(draws, figure) for figure in ("accuracy", "exact_sets")}
+        report["points"][name] = (
+            {figure: vars(share_interval(of_seeds)) for figure, of_seeds in values.items()}
+            | {"draws": {figure: of_seeds.tolist() for figure, of_seeds in values.items()}}
+            | {"step": bench.checkpoint.step}
+            | describe(name)
+        )
+        report["judge"] = bench.judge.name
+        write_json(path, report)
+    return report

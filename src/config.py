@@ -26,6 +26,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+RunName = Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
+"""Letters, digits, _ . and -: it names a folder."""
 
 
 def _no_single(count: int) -> int:
@@ -230,7 +232,7 @@ class TrainConfig(Settings):
     else all weights start as PyTorch's."""
     seed: Seed = 0
     """Seed of weights, order, flips, noise and previews."""
-    run_name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")] = "ddpm-cfg-v1"
+    run_name: RunName = "ddpm-cfg-v1"
     """Name of the run; its folder lies in --output_dir."""
     output_dir: Path = ROOT / "output"
     """Folder of all runs."""

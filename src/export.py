@@ -28,6 +28,7 @@ from checkpoint import Checkpoint, load_checkpoint, load_model, load_weights, sa
 from config import (
     ROOT,
     DataConfig,
+    RunName,
     SamplingConfig,
     Settings,
     TrainConfig,
@@ -91,6 +92,8 @@ class ExportConfig(Settings):
     checkpoint for sampling only, float16."""
     out: Path | None = None
     """Folder or file to write (default: output/export/<run>, output/export/<run>.pth)."""
+    run_name: RunName | None = None
+    """Name that the copy carries, and its results are filed under (default: the run's)."""
 
 
 def without_paths(config: TrainConfig) -> TrainConfig:
@@ -110,7 +113,7 @@ def to_half(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     for key, value in weights.items():
         if not value.isfinite().all():
             raise UserError(f"{path}: {key} does not fit into float16; use --to diffusers")
-    config = replace(without_paths(checkpoint.config), ema=False)
+    config = without_paths(checkpoint.config)
     return replace(checkpoint, config=config, model=weights, ema=None, training={})
 
 
@@ -132,7 +135,7 @@ def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, steps=checkpoint.step,
         prediction=config.noise.prediction_type, classes=len(objects), objects=json.dumps(objects),
         sampling_steps=check_steps(config.noise, SamplingConfig(scheduler="ddim")),
-        average="averaged" if checkpoint.ema else "last", first=next(iter(objects)),
+        average="averaged" if config.ema else "last", first=next(iter(objects)),
         channels=unet.config.in_channels, patch=config.model.patch_size,
         scaling=config.noise.scaling_factor, shift=config.noise.shift_factor,
     )  # fmt: skip
@@ -184,7 +187,7 @@ def from_diffusers(folder: Path) -> Checkpoint:
         weights |= {f"{prefix}.{key}": value for key, value in tensors.items()}
     load_weights(DiffusionModel(config.model), weights, folder, "its settings")
     return Checkpoint(
-        replace(config, ema=False), settings["objects"], weights, None, settings["epoch"],
+        config, settings["objects"], weights, None, settings["epoch"],
         settings["step"], training={},
     )  # fmt: skip
 
@@ -198,6 +201,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if config.to == "checkpoint" and not exported:
         raise UserError(f"{config.ckpt_path}: no folder; name one that src/export.py has written")
     checkpoint = (from_diffusers if exported else load_checkpoint)(config.ckpt_path)
+    if config.run_name:
+        named = replace(checkpoint.config, run_name=config.run_name)
+        checkpoint = replace(checkpoint, config=named)
     suffix = "" if config.to == "diffusers" else ".pth"
     out = config.out or ROOT / "output" / "export" / (checkpoint.config.run_name + suffix)
     if out.exists():

@@ -75,7 +75,8 @@ def open_bench(
     judge = load_evaluator(judge_path, objects, device) if judge_path else guide
     labels = {split: read_conditions(paths.data_dir, split, objects)[1] for split in SPLITS}
     model = load_model(checkpoint, ckpt_path, device)
-    origin = "pretrained on the stand-in; " if ckpt_path == PRETRAINED else ""
+    pretrained = ckpt_path.resolve() == PRETRAINED.resolve()
+    origin = "pretrained on the stand-in; " if pretrained else ""
     print(f"network: {origin}{checkpoint.config.run_name}, step {checkpoint.step}, {ckpt_path}")
     print(f"judge: {judge.name}, threshold {judge.threshold:.2f}, {judge.path}")
     reference = None

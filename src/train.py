@@ -57,7 +57,7 @@ from tracking import Tracker
 
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
 FREE_ON_RESUME = {
-    "recipe", "init_from", "resume", "epochs", "max_train_steps", "max_skipped_steps", "output_dir",
+    "recipe", "resume", "epochs", "max_train_steps", "max_skipped_steps", "output_dir",
     "run_name", "save_interval", "sample_interval", "log_interval", "keep_last", "keep_best",
     "num_workers", "device", "compile", "wandb", "wandb_project", "dry_run", "data", "preview",
 }  # fmt: skip
@@ -98,13 +98,15 @@ class TrainState:
 def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
     """Flags, and the checkpoint to go on from; on resuming, flags default to its settings.
 
+    With --init_from, network and noise schedule default to those of that checkpoint.
+
     Raises:
         UserError: nothing to resume, a setting that can't change on the way, or a run folder
             that is in use already.
     """
     config = parse_args(TrainConfig, argv)
     default = RECIPES[config.recipe]
-    if config.init_from:
+    if config.init_from and config.resume is None:
         start = load_checkpoint(config.init_from).config
         default = replace(default, model=start.model, noise=start.noise)
     config = parse_args(TrainConfig, argv, default=default)
@@ -245,6 +247,20 @@ def start_from(state: TrainState, config: TrainConfig, objects: dict[str, int]) 
                 )
     for model in filter(None, (state.model, state.ema)):
         load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
+
+
+def compile_network(model: nn.Module, device: torch.device) -> None:
+    """torch.compile in place: names of weights stay as they are.
+
+    Raises:
+        UserError: torch.compile can't work here, for lack of a compiler.
+    """
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as error:  # of whichever compiler, each has its own
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"--compile: torch.compile fails here ({why}); leave it out") from None
+    model.compile()
 
 
 def data_key(dataset: IclevrDataset) -> str:
@@ -425,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     elif config.init_from:
         start_from(state, config, objects)
     if config.compile:
-        state.model.compile()  # in place: names of weights stay as they are
+        compile_network(state.model, device)
     preview = Preview(config, paths, objects, judge)
 
     run_dir = config.output_dir / config.run_name
@@ -490,7 +506,10 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     scheduler = make_scheduler(config.noise)
     shown: dict[str, str] = {}
     saved, saved_step = resumed_from, state.step
-    losses: list[Tensor] = list(checkpoint.training.get("losses", [])) if resumed_from else []
+    losses: list[Tensor] = []
+    if resumed_from:
+        losses = list(checkpoint.training.get("losses", []))
+        del checkpoint  # the device's memory is the training's
     best_path = run_dir / "checkpoints" / "best.pth"
     best = load_checkpoint(best_path).training["best"] if best_path.exists() else -1.0
     since, timed_from = time.perf_counter(), state.step
@@ -520,7 +539,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                     seconds = time.perf_counter() - since
                     images_per_s = (state.step - timed_from) * len(x_0) / seconds
                     values = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
-                              "images_per_s": images_per_s, "skipped_steps": skipped}  # fmt: skip
+                              "images_per_s": images_per_s, "seconds": seconds,
+                              "skipped_steps": skipped}  # fmt: skip
                     if device.type == "cuda":
                         values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
                     log({k: v for k, v in values.items() if v is not None and math.isfinite(v)})

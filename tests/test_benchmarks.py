@@ -1,0 +1,86 @@
+"""What the benchmarks' figures hang on: flags, time, and the scripts that train at toy size."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_NETWORK, error_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import ablations
+import time_to_accuracy
+import training_runs
+from common import model_flags
+
+from config import RECIPES, ModelConfig, TrainConfig, parse_args
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        RECIPES["small"].model,
+        RECIPES["original"].model,
+        ModelConfig(halve_every_block=True, norm_num_groups=8, dropout=0.1),
+    ],
+)
+def test_flags_of_a_network_make_the_network(model):
+    assert parse_args(TrainConfig, shlex.split(model_flags(model))).model == model
+
+
+def test_variants_change_what_they_say():
+    """Every flag is one of src/train.py's, and none repeats what the recipe has anyway."""
+    base = RECIPES["small"]
+    for name, (flags, _) in ablations.VARIANTS.items():
+        config = parse_args(TrainConfig, shlex.split(flags), base)
+        assert (config == base) is (name == ablations.BASE)
+
+
+def test_time_is_that_of_the_steps(tmp_path):
+    """A run that was resumed: the seconds of its records, wherever the steps between them went."""
+    lines = [
+        {"step": 20, "images_per_s": 32.0, "seconds": 10.0},
+        {"step": 20, "preview_accuracy": 0.5},
+        {"step": 40, "images_per_s": 1.6, "seconds": 20.0},
+        {"step": 60, "images_per_s": 64.0, "seconds": 30.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert training_runs.minutes_trained(tmp_path) == 1
+    assert training_runs.minutes_trained(tmp_path, until=59) == 0.5
+    assert [r["minutes"] for r in training_runs.records(tmp_path)] == [1 / 6, 1 / 6, 0.5, 1]
+
+
+def test_both_recipes_are_trained_and_scored(trained, tmp_path, monkeypatch):
+    data, _, _ = trained
+    monkeypatch.setattr(training_runs, "PROBED_STEPS", 2)
+    network = shlex.join(SMALL_NETWORK[: SMALL_NETWORK.index("--preview_steps")])
+    argv = ["--minutes", 0.01, "--num_checkpoints", 1, "--num_seeds", 2, "--data_dir", data,
+            "--output_dir", tmp_path / "out", "--num_inference_steps", 5,
+            f"--network={network} --preview_steps 5 --lr_warmup_steps 0"]  # fmt: skip
+    report = time_to_accuracy.main([str(a) for a in argv])
+    assert {name.split("/")[0] for name in report["points"]} == {"original", "ours"}
+    for recipe in time_to_accuracy.FLAGS:
+        points = time_to_accuracy.points(report, recipe)
+        assert points[-1]["minutes"] > 0 and 0 <= points[-1]["accuracy"]["mean"] <= 1
+    assert (tmp_path / "out" / "time_to_accuracy.png").exists()
+    # A second start trains and draws nothing.
+    monkeypatch.setattr(training_runs, "draw_splits", None)
+    monkeypatch.setattr(training_runs.subprocess, "Popen", type("NoProcess", (), {}))
+    assert time_to_accuracy.main([str(a) for a in argv]) == report
+    argv[1] = 0.02
+    assert "other settings" in error_of(time_to_accuracy.main, argv)
+
+
+def test_a_failed_training_is_named_and_the_others_go_on(trained, tmp_path):
+    data, _, _ = trained
+    rest = shlex.join(SMALL_NETWORK) + " --device cpu --max_train_steps 1"
+    runs = {
+        "bad": training_runs.Run(f"--lr_warmup_steps -1 {rest}", 1),
+        "good": training_runs.Run(rest, 1),
+    }
+    config = training_runs.DataConfig(data_dir=data)
+    with pytest.raises(training_runs.UserError, match=r"bad \(2\)$"):
+        training_runs.train_all(runs, tmp_path, config)
+    assert training_runs.latest_whole_checkpoint(tmp_path / "good")

@@ -1,0 +1,61 @@
+"""The network that comes with the repository, and the conditions that it is tested on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import OBJECTS, error_of
+
+import demo
+import guidance_scale
+import test
+import train
+from checkpoint import PRETRAINED, load_checkpoint
+from render_iclevr import make_conditions
+
+STANDIN = PRETRAINED.parent
+
+
+@pytest.fixture
+def conditions(tmp_path):
+    """What a fresh clone holds: the conditions without any picture."""
+    for name in ("objects", "test", "new_test"):
+        shutil.copy(STANDIN / f"{name}.json", tmp_path / f"{name}.json")
+    return tmp_path
+
+
+def test_conditions_are_the_renderer_s():
+    read = {p: json.loads((STANDIN / f"{p}.json").read_text()) for p in ("test", "new_test")}
+    assert [read["test"], read["new_test"]] == list(make_conditions(0))
+    assert json.loads((STANDIN / "objects.json").read_text()) == OBJECTS
+
+
+def test_it_draws_what_is_asked_for(conditions, capsys):
+    """Without --ckpt_path, and without any training picture at hand; half of what it reaches."""
+    flags = f"--data_dir {conditions} --output_dir {conditions} {demo.PRETRAINED_SAMPLING}"
+    report = test.main([*flags.split(), "--wandb", "disabled", "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert f"pretrained on the stand-in; {load_checkpoint(PRETRAINED).config.run_name}" in (
+        printed.out
+    )
+    assert "no Frechet distance" in printed.err
+    for split in ("test", "new_test"):
+        assert report["accuracy"][split]["mean"] > 0.4
+
+
+def test_the_sweep_takes_it_too():
+    for config in (test.TestConfig(), guidance_scale.SweepConfig()):
+        assert config.ckpt_path == PRETRAINED
+
+
+def test_without_pictures_training_says_how_to_get_them(conditions):
+    message = error_of(train.main, ["--data_dir", conditions, "--output_dir", conditions / "out"])
+    assert "train.json: not found" in message and "python src/render_iclevr.py" in message
+
+
+def test_it_is_small_and_names_no_folder():
+    content = Path(PRETRAINED).read_bytes()
+    assert len(content) <= 25e6
+    config = load_checkpoint(PRETRAINED).config
+    assert not config.output_dir.is_absolute() and config.data.data_dir is None
