@@ -1,6 +1,7 @@
 """Training, testing and the sweep on a tiny world, through the scripts' own main()."""
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -249,6 +250,24 @@ def test_a_run_starts_from_the_weights_of_another(trained, tmp_path):
     # Once begun, it goes on without the file that it started from.
     half.unlink()
     train.main(["--resume", str(tmp_path / "half"), "--max_train_steps", "2"])
+
+
+def test_a_compiled_network_trains_the_same(world, tmp_path, monkeypatch):
+    plain = load_checkpoint(train.main(train_argv(world, tmp_path / "a", "--epochs", 1)))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    argv = train_argv(world, tmp_path / "b", "--epochs", 1, "--compile")
+    compiled = load_checkpoint(train.main(argv))
+    assert compiled.model.keys() == plain.model.keys()
+    for name, value in plain.model.items():
+        torch.testing.assert_close(compiled.model[name], value)
+
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    argv = train_argv(world, tmp_path / "c", "--epochs", 1, "--compile")
+    assert "--compile: torch.compile fails here (no compiler found)" in error_of(train.main, argv)
+    assert not (tmp_path / "c").exists()
 
 
 def test_resuming_on_other_pictures_is_refused(world, tmp_path):
