@@ -49,7 +49,7 @@ from guidance_scale import Draw, sweep_key
 from intervals import Interval, frechet_interval
 from metrics import record
 from realism import frechet_floor
-from scoring import Bench, draw_frechet, draw_splits, open_bench
+from scoring import Bench, draw_frechet, draw_splits, open_bench, with_reference
 
 LONG = {"ddpm": (500, 100), "ddim": (500, 100, 50, 20, 10)}
 SOLVERS = {"dpmpp": (20, 16, 12, 10, 8, 6), "unipc": (20, 16, 12, 10, 8, 6)}
@@ -207,8 +207,9 @@ def timing(config: StepsConfig, bench: Bench, fast: SamplingConfig) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> dict:
     config = parse_args(StepsConfig, argv)
-    bench = open_bench(config.ckpt_path, config.data, config.device,
-                       with_reference=config.num_fd_samples > 0)  # fmt: skip
+    bench = open_bench(config.ckpt_path, config.data, config.device)
+    if config.num_fd_samples:
+        bench = with_reference(bench)
     sampling = SamplingConfig(
         guidance_scale=config.guidance_scale, mixed_precision=config.mixed_precision
     )

@@ -43,7 +43,7 @@ from files import atomic_write, make_folder, write_json
 from intervals import Interval, clip, frechet_interval, mean_interval
 from metrics import COUNTS, Record, record, summarise
 from realism import frechet_floor
-from scoring import Bench, draw_frechet, draw_splits, open_bench
+from scoring import Bench, draw_frechet, draw_splits, open_bench, with_reference
 from tracking import Tracker
 
 COLUMNS = (*SPLITS, "mean")
@@ -319,10 +319,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_args(SweepConfig, argv)
     scales = guidance_scales(config)
     seeds = list(range(config.seed, config.seed + config.num_seeds))
-    bench = open_bench(
-        config.ckpt_path, config.data, config.device, config.judge, config.num_fd_samples > 0
-    )
+    bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
+    make_folder(config.output_dir)
+    if config.num_fd_samples:
+        bench = with_reference(bench)
     sampling = SamplingConfig(**vars(replace(config.sampling, num_inference_steps=steps)))
     key = sweep_key(config.ckpt_path, config.num_fd_samples, bench, sampling)
     name = f"{sampling.scheduler}{steps}-{key}"

@@ -1,7 +1,7 @@
 """A trained network on the bench: with its judge and both test splits, drawn and scored."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,17 +47,12 @@ class Bench:
 
 
 def open_bench(
-    ckpt_path: Path,
-    data: DataConfig,
-    device_name: str | None,
-    judge_path: Path | None = None,
-    with_reference: bool = False,
+    ckpt_path: Path, data: DataConfig, device_name: str | None, judge_path: Path | None = None
 ) -> Bench:
-    """Load everything that testing needs.
+    """Load what testing needs, but for the training pictures: see `with_reference`.
 
     Args:
         judge_path: a second evaluator, which scores instead of the data's.
-        with_reference: load the training pictures too, if they are there.
 
     Raises:
         UserError: anything missing, damaged, or made for other objects.
@@ -79,13 +74,16 @@ def open_bench(
     origin = "pretrained on the stand-in; " if pretrained else ""
     print(f"network: {origin}{checkpoint.config.run_name}, step {checkpoint.step}, {ckpt_path}")
     print(f"judge: {judge.name}, threshold {judge.threshold:.2f}, {judge.path}")
-    reference = None
-    if with_reference:
-        try:
-            reference = load_reference(paths, judge)
-        except UserError as error:  # scoring the conditions needs no training pictures
-            print(f"no Frechet distance, no nearest pictures: {error}", file=sys.stderr)
-    return Bench(checkpoint, model, judge, guide, labels, paths, reference)
+    return Bench(checkpoint, model, judge, guide, labels, paths, reference=None)
+
+
+def with_reference(bench: Bench) -> Bench:
+    """The same with the training pictures, decoding them if need be; without them, says so."""
+    try:
+        return replace(bench, reference=load_reference(bench.paths, bench.judge))
+    except UserError as error:  # scoring the conditions needs no training pictures
+        print(f"no Frechet distance, no nearest pictures: {error}", file=sys.stderr)
+        return bench
 
 
 def draw_splits(

@@ -42,7 +42,7 @@ from files import atomic_write, make_folder, read_json, write_json
 from intervals import Interval, frechet_interval
 from metrics import Record, confusion_shares, paired_difference, record, summarise, table
 from realism import frechet_floor, nearest
-from scoring import Bench, draw_frechet, draw_splits, open_bench
+from scoring import Bench, draw_frechet, draw_splits, open_bench, with_reference
 from tracking import Tracker
 
 STRIP_PROMPT = ["red sphere", "cyan cylinder", "cyan cube"]
@@ -113,10 +113,7 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     """Returns the content of accuracies.json, or the path of the prompt's picture."""
     config = parse_args(TestConfig, argv)
-    drawing_sets = config.prompt is None
-    bench = open_bench(
-        config.ckpt_path, config.data, config.device, config.judge, with_reference=drawing_sets
-    )
+    bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
     sampling = replace(config.sampling, num_inference_steps=steps)
     config = replace(config, sampling=sampling)
@@ -124,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     make_folder(run_folder)
     if config.prompt is not None:
         return draw_prompt(bench, config, run_folder)
+    bench = with_reference(bench)
     name = folder_name(config)
     folder = run_folder / name
     tracker = Tracker(

@@ -36,7 +36,14 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import RECIPES, SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
-from dataset import DataPaths, IclevrDataset, find_data, get_dataloader, read_conditions
+from dataset import (
+    DataPaths,
+    IclevrDataset,
+    find_data,
+    get_dataloader,
+    read_conditions,
+    read_objects,
+)
 from device import autocast, autocast_dtype, pick_device
 from diffusion import (
     check_steps,
@@ -109,7 +116,16 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
     if config.init_from and config.resume is None:
         start = load_checkpoint(config.init_from).config
         default = replace(default, model=start.model, noise=start.noise)
-    config = parse_args(TrainConfig, argv, default=default)
+        config = parse_args(TrainConfig, argv, default=default)
+        for kind in ("model", "noise"):
+            for name, value in vars(getattr(start, kind)).items():
+                if (given := getattr(getattr(config, kind), name)) != value:
+                    raise UserError(
+                        f"--{name} {given}: {config.init_from} was trained with {value}; "
+                        "leave the flag out"
+                    )
+    else:
+        config = parse_args(TrainConfig, argv, default=default)
     run_dir = config.output_dir / config.run_name
     if config.dry_run:
         return config, None
@@ -233,34 +249,27 @@ def start_from(state: TrainState, config: TrainConfig, objects: dict[str, int]) 
     """Take over the averaged weights of --init_from; everything else starts afresh.
 
     Raises:
-        UserError: it was trained for other objects, or with another network or noise schedule.
+        UserError: it was trained for other objects.
     """
     path = config.init_from
     checkpoint = load_checkpoint(path)
     if checkpoint.objects != objects:
         raise UserError(f"--init_from {path}: was trained for other objects, or another order")
-    for kind in ("model", "noise"):
-        for name, value in vars(getattr(checkpoint.config, kind)).items():
-            if (given := getattr(getattr(config, kind), name)) != value:
-                raise UserError(
-                    f"--{name} {given}: {path} was trained with {value}; leave the flag out"
-                )
     for model in filter(None, (state.model, state.ema)):
         load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
 
 
-def compile_network(model: nn.Module, device: torch.device) -> None:
-    """torch.compile in place: names of weights stay as they are.
+def check_compiler(device: torch.device) -> None:
+    """Try torch.compile on something small.
 
     Raises:
-        UserError: torch.compile can't work here, for lack of a compiler.
+        UserError: it can't work here, for lack of a compiler.
     """
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
     except Exception as error:  # of whichever compiler, each has its own
         why = " ".join(str(error).split())[:160]
         raise UserError(f"--compile: torch.compile fails here ({why}); leave it out") from None
-    model.compile()
 
 
 def data_key(dataset: IclevrDataset) -> str:
@@ -407,18 +416,22 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
     with torch.device("meta"):
         DiffusionModel(config.model)  # settings that don't fit together end here
-    loader = get_dataloader(
-        paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
-        config.model.image_size, config.seed, config.horizontal_flip,
-        cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    objects = loader.dataset.objects
+    objects = read_objects(paths.data_dir)
     if len(objects) != config.model.num_classes:
         raise UserError(
             f"{paths.data_dir / 'objects.json'}: {len(objects)} objects, but --num_classes "
             f"{config.model.num_classes}; set --num_classes {len(objects)}"
         )
     judge = load_evaluator(paths.evaluator, objects, device) if paths.evaluator else None
+    if config.compile:
+        check_compiler(device)
+    run_dir = config.output_dir / config.run_name
+    make_folder(run_dir)  # all that is quick to find out is known: now the pictures
+    loader = get_dataloader(
+        paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
+        config.model.image_size, config.seed, config.horizontal_flip,
+        cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
+    )  # fmt: skip
     steps_per_epoch = len(loader)
     total_steps = min(config.epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
     state = build_state(config, total_steps, device)
@@ -441,11 +454,9 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     elif config.init_from:
         start_from(state, config, objects)
     if config.compile:
-        compile_network(state.model, device)
+        state.model.compile()  # in place: names of weights stay as they are
     preview = Preview(config, paths, objects, judge)
 
-    run_dir = config.output_dir / config.run_name
-    make_folder(run_dir)
     lock = FileLock(run_dir / ".lock", timeout=0)  # the system lifts it when the process ends
     try:
         lock.acquire()
