@@ -811,7 +811,7 @@ def test_recipe_sets_what_no_flag_says():
     config, _ = train.read_config(["--dry_run", "--recipe", "small", "--lr", "0.5"])
     small = RECIPES["small"]
     assert config == replace(small, lr=0.5, dry_run=True)
-    assert config.model.image_size == 32 and config.noise.prediction_type == "v_prediction"
+    assert config.model.patch_size == 2 and config.noise.prediction_type == "v_prediction"
     original, _ = train.read_config(["--dry_run", "--recipe", "original"])
     assert original == train.read_config(["--dry_run"])[0] == TrainConfig(dry_run=True)
     for name, recipe in RECIPES.items():
