@@ -41,7 +41,7 @@ QUICK = {
 }
 SAMPLER = "--scheduler ddim --num_inference_steps 20"
 SAMPLING = f"{SAMPLER} --guidance_scale 5"
-PRETRAINED_SAMPLING = "--scheduler dpmpp --num_inference_steps 12 --guidance_scale 5"
+PRETRAINED_SAMPLING = "--scheduler ddpm --num_inference_steps 100 --guidance_scale 3"
 PROMPT = '--prompt "red sphere, cyan cylinder, cyan cube"'
 
 
@@ -52,7 +52,7 @@ class DemoConfig(Settings):
     quick: bool = False
     """In miniature (under 2 minutes): shows that all stages work; the pictures are blobs."""
     pretrained: bool = False
-    """Train nothing: test the network in data/standin/, in about a minute."""
+    """Train nothing: test the network in data/standin/, in 2 to 3 minutes."""
     output_dir: Path = ROOT / "output"
     """Data, run and results go to folders in here."""
 
