@@ -22,7 +22,7 @@ SPLITS = ("test", "new_test")
 SHIPPED_EVALUATOR = ROOT / "data" / "standin" / "evaluator.pth"
 """The judge that comes with the repository, trained on the stand-in."""
 HOW_TO_GET_DATA = (
-    "put the course's objects.json, train.json, test.json, new_test.json and iclevr/ there, "
+    "put the course's objects.json, train.json, test.json, new_test.json and iclevr/ into data/, "
     "or render a stand-in with: python src/render_iclevr.py"
 )
 
