@@ -16,10 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import numpy as np
-from common import interval_or_none, machine
+from common import interval_or_none
 from training_runs import minutes_trained, plan_runs, score_all, train_all
 
-from checkpoint import load_checkpoint
 from config import (
     ROOT,
     DataConfig,
@@ -31,8 +30,7 @@ from config import (
     parse_args,
     run,
 )
-from device import pick_device
-from files import atomic_write, make_folder, read_json, write_json
+from files import atomic_write, make_folder, read_json
 from intervals import Interval
 from train import latest_checkpoint
 
@@ -96,16 +94,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     train_all(runs, config.output_dir, config.data, at_once=2)
     found = {name: latest_checkpoint(config.output_dir / name) for name in names}
 
-    def describe(name: str) -> dict:
+    def describe(name: str, step: int) -> dict:
         run_dir = config.output_dir / name
-        pictures = load_checkpoint(found[name]).step
-        pictures *= read_json(run_dir / "config.json")["batch_size"]
+        pictures = step * read_json(run_dir / "config.json")["batch_size"]
         return {"minutes": minutes_trained(run_dir), "pictures": pictures, "flags": flags[name]}
 
     path = config.output_dir / "ablations.json"
     report = score_all(found, config.data, config.sampling, config.num_seeds, path, describe)
-    report["machine"] = machine(pick_device(None))
-    write_json(path, report)
     text = summary(report)
     with atomic_write(config.output_dir / "ablations.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

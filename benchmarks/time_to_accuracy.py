@@ -18,10 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import machine, model_flags
+from common import model_flags
 from training_runs import minutes_trained, plan_runs, score_all, train_all
 
-from checkpoint import load_checkpoint
 from config import (
     RECIPES,
     ROOT,
@@ -33,8 +32,7 @@ from config import (
     parse_args,
     run,
 )
-from device import pick_device
-from files import atomic_write, make_folder, write_json
+from files import atomic_write, make_folder
 from intervals import Interval
 from train import checkpoints
 
@@ -80,14 +78,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         for path in checkpoints(config.output_dir / recipe)
     }
 
-    def describe(name: str) -> dict:
-        step = load_checkpoint(found[name]).step
+    def describe(name: str, step: int) -> dict:
         return {"minutes": minutes_trained(found[name].parents[1], step)}
 
     path = config.output_dir / "time_to_accuracy.json"
     report = score_all(found, config.data, config.sampling, config.num_seeds, path, describe)
-    report["machine"] = machine(pick_device(None))
-    write_json(path, report)
     text = summary(report)
     with atomic_write(config.output_dir / "time_to_accuracy.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from common import share_interval, shares
+from common import machine, share_interval, shares
 
 from checkpoint import load_checkpoint
 from config import RECIPES, ROOT, DataConfig, SamplingConfig, UserError, to_dict
 from dataset import find_data, read_objects, read_train
+from device import pick_device
 from evaluator import git_blob_hash, require_evaluator
 from files import read_json, write_json
 from guidance_scale import Draw
@@ -185,14 +186,14 @@ def score_all(
     sampling: SamplingConfig,
     num_seeds: int,
     path: Path,
-    describe: Callable[[str], dict[str, Any]],
+    describe: Callable[[str, int], dict[str, Any]],
 ) -> dict[str, Any]:
     """Draw and score both splits with each checkpoint: means of both, intervals over seeds.
 
     Args:
         checkpoints: name -> file.
         path: JSON that keeps the scores for a second start.
-        describe: name -> what else to note of it.
+        describe: (name, its step) -> what else to note of it.
 
     Returns:
         the content of `path`: {"points": {name: {"accuracy", "exact_sets": intervals, "draws":
@@ -222,8 +223,8 @@ def score_all(
             {figure: vars(share_interval(of_seeds)) for figure, of_seeds in values.items()}
             | {"draws": {figure: of_seeds.tolist() for figure, of_seeds in values.items()}}
             | {"step": bench.checkpoint.step}
-            | describe(name)
+            | describe(name, bench.checkpoint.step)
         )
-        report["judge"] = bench.judge.name
+        report |= {"judge": bench.judge.name, "machine": machine(pick_device(None))}
         write_json(path, report)
     return report
