@@ -42,7 +42,7 @@ from config import (
     to_dict,
 )
 from device import autocast_dtype, pick_device
-from diffusion import make_scheduler, training_loss
+from diffusion import draw_timesteps, drop_labels, make_scheduler, training_loss
 from files import write_json
 from model import DiffusionModel, stages, unet_arguments
 
@@ -172,9 +172,10 @@ def example_step(
 ) -> tuple[Tensor, Tensor]:
     """What the loop of diffusers' train_unconditional.py does, with our loss; float32 alone."""
     generator = train.step_generator(config.seed, state.step, x_0.device)
-    loss = training_loss(
-        state.model, scheduler, x_0, labels, config.cfg_dropout_prob, generator=generator
-    )
+    t = draw_timesteps(len(x_0), config.noise.num_train_timesteps, generator=generator)
+    eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
+    kept = drop_labels(labels, config.cfg_dropout_prob, generator)
+    loss = training_loss(state.model, scheduler, x_0, kept, t, eps).mean()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
     state.optimizer.step()

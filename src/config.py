@@ -17,6 +17,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+import processes
+
 ROOT = Path(__file__).resolve().parents[1]
 """Folder of the repository: default paths hang on it, so that commands work from any folder."""
 
@@ -52,6 +54,7 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 SchedulerName = Literal["ddpm", "ddim", "dpmpp", "unipc"]
 RecipeName = Literal["original", "small"]
+OptimizerName = Literal["adamw", "muon"]
 DownBlockType = Literal["DownBlock2D", "AttnDownBlock2D"]
 UpBlockType = Literal["UpBlock2D", "AttnUpBlock2D"]
 
@@ -116,6 +119,9 @@ class SchedulerConfig(Settings):
     """Name of the beta schedule (Nichol & Dhariwal 2021: squaredcos_cap_v2)."""
     num_train_timesteps: Annotated[int, Field(ge=2)] = 500
     """Diffusion steps T."""
+    log_snr_shift: Annotated[float, Field(ge=-20, le=20)] = 0.0
+    """Added to log SNR at every timestep (Hoogeboom et al. 2023, section 3.1): below 0 gives more
+    noise, and with it more steps of a sampler to the layout of a scene."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     """What the network predicts: eps, v (Salimans & Ho 2022) or x_0."""
     timestep_spacing: Literal["leading", "trailing"] = "leading"
@@ -196,13 +202,18 @@ class TrainConfig(Settings):
     max_train_steps: PositiveInt | None = None
     """Stop after this many optimiser steps, whatever --epochs says."""
     batch_size: PositiveInt = 64
-    """Pictures of one optimiser step."""
+    """Pictures of one optimiser step, over all processes."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Take each process's share of a batch in so many parts, for less memory; the step is the
+    same."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, or muon (Jordan 2024) for the matrices inside the network and adamw for the rest."""
     lr: PositiveFloat = 1e-4
-    """Peak learning rate of AdamW: linear warm-up, then cosine to 0."""
+    """Peak learning rate: linear warm-up, then cosine to 0."""
     lr_warmup_steps: NonNegativeInt = 500
     """Steps of the warm-up."""
     weight_decay: NonNegativeFloat = 1e-2
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """AdamW's second beta."""
     max_grad_norm: PositiveFloat = 1.0
@@ -217,6 +228,9 @@ class TrainConfig(Settings):
     timestep_power: PositiveFloat = 1.0
     """Timesteps are drawn as T u^(1 / power), u uniform in [0, 1): above 1 favours noisy ones,
     where it is decided which objects stand where."""
+    stratified_timesteps: bool = False
+    """Spread the timesteps of a batch evenly (Kingma et al. 2021, appendix I.1): the loss of a
+    batch then varies less."""
     ema: bool = True
     """Keep an exponential moving average of the weights; preview and test use it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
@@ -271,9 +285,10 @@ class TrainConfig(Settings):
 RECIPES: dict[RecipeName, TrainConfig] = {
     "original": TrainConfig(),
     # What gets furthest in ten minutes of two cores: a narrow network on patches of 2x2 pixels,
-    # pictures scaled to unit variance, small batches for many steps, a condition that is heard from
-    # the start and scales features, and most of the practice at the noise levels where it is
-    # decided which objects stand where.
+    # pictures scaled to unit variance, Muon, a condition that is heard from the start and scales
+    # features. Objects of unit variance show through much noise: they have their places while
+    # alphas_cumprod is still below about .01. So the schedule is shifted towards noise, for
+    # training and sampling to spend their steps there.
     "small": TrainConfig(
         recipe="small",
         model=ModelConfig(
@@ -291,14 +306,16 @@ RECIPES: dict[RecipeName, TrainConfig] = {
             timestep_spacing="trailing",
             shift_factor=-0.08,
             scaling_factor=8.0,
+            log_snr_shift=-4.0,
         ),
         zero_init=True,
-        batch_size=16,
-        lr=1e-3,
+        batch_size=32,
+        optimizer="muon",
+        lr=1.5e-3,
         lr_warmup_steps=50,
         adam_beta2=0.99,
-        ema_decay=0.995,
-        timestep_power=3.0,
+        ema_decay=0.998,
+        stratified_timesteps=True,
     ),
 }
 """Defaults of src/train.py by the name of --recipe."""
@@ -363,6 +380,7 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
+        processes.wait_for_the_first()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a path that no check has foreseen
@@ -372,6 +390,8 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        processes.leave()
 
 
 def _first_paragraph(box: str) -> str:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import processes
 from config import ROOT, DataConfig, UserError
 from files import read_json
 from image_cache import load_images
@@ -222,9 +223,10 @@ class IclevrDataset(Dataset):
         self.objects = read_objects(data_dir)
         if mode == "train":
             self.names, self.labels = read_train(data_dir, self.objects)
-            self.cache = load_images(
-                Path(image_dir), self.names, image_size, cache_dir or Path(data_dir) / ".cache"
-            )
+            with processes.main_first():
+                self.cache = load_images(
+                    Path(image_dir), self.names, image_size, cache_dir or Path(data_dir) / ".cache"
+                )
             self.images = np.load(self.cache, mmap_mode="r")  # (N, 3, S, S) uint8
         elif mode in SPLITS:
             self.conditions, self.labels = read_conditions(data_dir, mode, self.objects)
@@ -263,7 +265,8 @@ class TrainSampler(Sampler[list[tuple[int, bool]]]):
     """Batches of (index, flip) for training: an epoch's order and flips follow from (seed, epoch).
 
     So nothing is hidden in the state of a loader or its workers: `set_position` takes up an
-    interrupted run where it stopped. The last, smaller batch of an epoch is left out.
+    interrupted run where it stopped. The last, smaller batch of an epoch is left out. Of several
+    processes each gets its share of every batch.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, horizontal_flip: bool = True):
@@ -284,8 +287,10 @@ class TrainSampler(Sampler[list[tuple[int, bool]]]):
         order = rng.permutation(self.num_images)
         flips = rng.random(self.num_images) < 0.5 * self.horizontal_flip
         for batch in range(self.batch, len(self)):
-            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield list(zip(order[part].tolist(), flips[part].tolist(), strict=True))
+            whole = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            mine = processes.shard(self.batch_size)
+            rows = order[whole][mine].tolist(), flips[whole][mine].tolist()
+            yield list(zip(*rows, strict=True))
 
 
 def get_dataloader(

@@ -4,11 +4,14 @@ import contextlib
 
 import torch
 
+import processes
 from config import Precision, UserError
 
 
 def pick_device(name: str | None = None) -> torch.device:
     """The named device, or the best there is: CUDA, Apple's MPS, else the CPU.
+
+    Of several processes on a machine each gets a card of its own.
 
     Raises:
         UserError: the named device is not there.
@@ -22,6 +25,11 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: unknown; use cuda, mps or cpu") from None
+    if device.type == "cuda" and processes.world_size() > 1:
+        if device.index is not None:
+            raise UserError(f"--device {name}: each process takes a card of its own; use cuda")
+        device = torch.device("cuda", processes.local_rank())
+        name = f"cuda (process {processes.local_rank()} of this machine)"
     count = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
@@ -29,6 +37,9 @@ def pick_device(name: str | None = None) -> torch.device:
     }.get(device.type, 0)
     if (device.index or 0) >= count:
         raise UserError(f"--device {name}: not there; leave it out for the best there is")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    processes.join(device)
     return device
 
 

@@ -4,6 +4,7 @@ Symbols as in DDPM (Ho et al. 2020): x_0 a picture, x_t the same after t steps o
 eps the noise, alphas_cumprod (alpha-bar) the share of signal left. Timesteps run from 0 to T - 1.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusers import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import processes
 from config import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
 from device import autocast, autocast_dtype
 from evaluator import Evaluator
@@ -36,6 +38,8 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 def make_scheduler(config: SchedulerConfig, name: str = "ddpm") -> SchedulerMixin:
     """diffusers' scheduler `name` with the schedule the network was trained with."""
     scheduler, extra = SCHEDULERS[name]
+    if config.log_snr_shift:
+        extra = extra | {"trained_betas": shifted_betas(config)}
     return scheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
@@ -43,6 +47,20 @@ def make_scheduler(config: SchedulerConfig, name: str = "ddpm") -> SchedulerMixi
         timestep_spacing=config.timestep_spacing,
         **extra,
     )
+
+
+@functools.lru_cache
+def shifted_betas(config: SchedulerConfig) -> list[float]:
+    """Betas (T,) of the schedule whose log SNR is `log_snr_shift` above that of `beta_schedule`.
+
+    SNR = alphas_cumprod / (1 - alphas_cumprod), so that its logarithm is the logit of
+    alphas_cumprod (Hoogeboom et al. 2023, equation 4). Betas are at most .999, as diffusers' are.
+    """
+    plain = DDPMScheduler(config.num_train_timesteps, beta_schedule=config.beta_schedule)
+    alphas_cumprod = (1 - plain.betas.double()).cumprod(0)
+    shifted = (alphas_cumprod.logit() + config.log_snr_shift).sigmoid()
+    before = torch.cat([torch.ones(1, dtype=torch.float64), shifted[:-1]])
+    return (1 - shifted / before).clamp(max=0.999).tolist()
 
 
 def scale(images: Tensor, config: SchedulerConfig) -> Tensor:
@@ -69,36 +87,51 @@ def drop_labels(labels: Tensor, prob: float, generator: torch.Generator | None =
     return labels * keep
 
 
+def draw_timesteps(
+    count: int,
+    num_train_timesteps: int,
+    power: float = 1.0,
+    stratified: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Random timesteps in [0, T), (count,), on the device of the generator.
+
+    Args:
+        power: t is T u^(1 / power), u uniform in [0, 1); 1 is uniform.
+        stratified: one u in each of `count` equal parts of [0, 1), so that a batch sees all noise
+            levels (in the spirit of Kingma et al. 2021, appendix I.1).
+    """
+    device = generator.device if generator else None
+    u = torch.rand(count, device=device, generator=generator)
+    if stratified:
+        u = (torch.arange(count, device=device) + u) / count
+    return (num_train_timesteps * u ** (1 / power)).long().clamp(max=num_train_timesteps - 1)
+
+
 def training_loss(
     model: nn.Module,
     scheduler: DDPMScheduler,
     x_0: Tensor,
     labels: Tensor,
-    cfg_dropout_prob: float = 0.1,
+    t: Tensor,
+    eps: Tensor,
     min_snr_gamma: float | None = None,
-    timestep_power: float = 1.0,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """E |target - model(x_t, t, y)|^2 for random t and eps (Ho et al. 2020, equation 14).
+    """|target - model(x_t, t, y)|^2 of each picture (Ho et al. 2020, equation 14).
 
     Args:
         x_0:    (N, 3, H, W) pictures, see `scale`
-        labels: (N, K) multi-hot conditions
+        labels: (N, K) multi-hot conditions, see `drop_labels`
+        t:      (N,) timesteps, see `draw_timesteps`
+        eps:    (N, 3, H, W) standard normal noise
         min_snr_gamma: weight each picture by min(SNR, gamma) in terms of x_0 (Hang et al. 2023,
             section 3.4), rewritten for what the network predicts; None: weight 1.
-        timestep_power: t is drawn as T u^(1 / timestep_power), u uniform; 1 is uniform.
-        generator: of t, eps and the dropped conditions, on the device of `x_0`.
 
     Returns:
-        scalar: mean over pictures and pixels.
+        (N,) float32: means over pixels.
     """
-    random = dict(device=x_0.device, generator=generator)
-    total = scheduler.config.num_train_timesteps
-    u = torch.rand(len(x_0), **random)
-    t = (total * u ** (1 / timestep_power)).long().clamp(max=total - 1)
-    eps = torch.randn(x_0.shape, **random)
     x_t = scheduler.add_noise(x_0, eps, t)
-    prediction = model(x_t, t, drop_labels(labels, cfg_dropout_prob, generator)).float()
+    prediction = model(x_t, t, labels).float()
 
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
@@ -107,10 +140,10 @@ def training_loss(
         target = scheduler.get_velocity(x_0, eps, t)
     else:
         target = x_0
-    loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))  # (N,)
+    loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         loss = loss * min_snr_weight(scheduler, t, min_snr_gamma)
-    return loss.mean()
+    return loss
 
 
 def min_snr_weight(scheduler: DDPMScheduler, t: Tensor, gamma: float) -> Tensor:
@@ -266,7 +299,8 @@ def sample(
     """Draw pictures for conditions: from noise to x_0 with guidance.
 
     Every picture has its own random numbers, made on the CPU: it does not depend on the batch it
-    is drawn in, nor on the device but for rounding.
+    is drawn in, nor on the device but for rounding. Of several processes each draws its share,
+    and all get all pictures.
 
     Args:
         model: the network, on its device; put into eval mode.
@@ -296,11 +330,15 @@ def sample(
     first, last = config.guidance_interval
     kept_steps = np.linspace(0, steps, num_intermediates).round().astype(int).tolist()
 
-    pictures, intermediates = [], []
+    count, mine = len(seeds), processes.shard(len(seeds))
+    labels, seeds = labels[mine], seeds[mine]
+    pictures = [torch.empty(0, 3, size, size)]  # of a process without a share
+    intermediates = [torch.empty(num_intermediates, 0, 3, size, size)]
     starts = range(0, len(seeds), config.batch_size)
     with tqdm(
-        total=len(starts) * steps, desc="sample", unit="step", leave=False, disable=not progress
-    ) as bar:
+        total=len(starts) * steps, desc="sample", unit="step", leave=False,
+        disable=not progress or not processes.is_main(),
+    ) as bar:  # fmt: skip
         for start in starts:
             batch = slice(start, start + config.batch_size)
             y = labels[batch].to(device)
@@ -329,7 +367,8 @@ def sample(
                 bar.update()
             pictures.append(x_t.cpu())
             intermediates.append(torch.stack(kept) if kept else torch.empty(0, *x_t.shape))
-    x_0, kept_x_t = torch.cat(pictures), torch.cat(intermediates, dim=1)
+    x_0 = processes.gather(torch.cat(pictures), count)
+    kept_x_t = processes.gather(torch.cat(intermediates, dim=1).movedim(1, 0), count).movedim(0, 1)
     if not x_0.isfinite().all():
         raise UserError("the network gives NaN or infinite values: its training has diverged")
     return unscale(x_0, noise).clamp(-1, 1), unscale(kept_x_t, noise).clamp(-1, 1)

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
+import processes
 from checkpoint import PRETRAINED
 from config import (
     ROOT,
@@ -315,7 +316,7 @@ def draw_chart(summary: dict[str, Any], title: str, path: Path, floor: float | N
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns the content of sweep.json."""
+    """Returns the content of sweep.json; of several processes, the first one."""
     config = parse_args(SweepConfig, argv)
     scales = guidance_scales(config)
     seeds = list(range(config.seed, config.seed + config.num_seeds))
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     name += "-guided_by_the_judge" if sampling.classifier_guidance_scale else ""
     folder = config.output_dir / bench.run_name / "guidance_scale" / name
     make_folder(folder)
-    draws = read_draws(folder / "draws.jsonl")
+    draws = processes.from_main(read_draws(folder / "draws.jsonl"))
     todo = [(scale, seed) for scale in scales for seed in seeds if (scale, seed) not in draws]
     if len(todo) < len(scales) * len(seeds):
         print(f"{len(scales) * len(seeds) - len(todo)} draws are there already: {folder}")
@@ -342,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         folder,
         to_dict(config),
     )
-    for scale, seed in tqdm(todo, desc="sweep", unit="draw"):
+    for scale, seed in tqdm(todo, desc="sweep", unit="draw", disable=not processes.is_main()):
         splits = draw_splits(bench, replace(sampling, guidance_scale=scale), seed, progress=False)
         draw = Draw({split: record(result) for split, (_, result) in splits.items()})
         if bench.reference is not None:
@@ -350,7 +351,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 bench, replace(sampling, guidance_scale=scale), seed, config.num_fd_samples, False
             )
         draws[scale, seed] = draw
-        append_draw(folder / "draws.jsonl", scale, seed, draws[scale, seed])
+        if processes.is_main():
+            append_draw(folder / "draws.jsonl", scale, seed, draws[scale, seed])
+    if not processes.is_main():
+        return {}
 
     summary = summarise_sweep(draws, scales, seeds)
     floor = None

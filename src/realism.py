@@ -83,7 +83,11 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
             f"a Frechet distance needs two pictures on each side, not {len(real)} training "
             f"pictures and {len(generated)} drawn ones; switch it off with --num_fd_samples 0"
         )
-    metric = FrechetInceptionDistance(torch.nn.Identity(), input_img_size=(real.shape[1],))
+    metric = FrechetInceptionDistance(
+        torch.nn.Identity(),
+        input_img_size=(real.shape[1],),
+        sync_on_compute=False,  # what is here is all; the other processes do not come along
+    )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     distance = float(metric.compute())

@@ -1,5 +1,6 @@
 """A trained network on the bench: with its judge and both test splits, drawn and scored."""
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import processes
 from checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_model
 from config import DataConfig, SamplingConfig, UserError
 from dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
@@ -112,7 +114,8 @@ def draw_frechet(
 ) -> float:
     """Frechet distance of `count` pictures, their conditions drawn from the training pictures'.
 
-    Every way of sampling gets the same conditions and noise for a seed.
+    Every way of sampling gets the same conditions and noise for a seed. Only the first process
+    computes it, the others get NaN.
     """
     images, _ = sample(
         bench.model,
@@ -123,4 +126,6 @@ def draw_frechet(
         progress=progress,
         guide=bench.guide,
     )
+    if not processes.is_main():
+        return math.nan
     return frechet_distance(bench.reference.features, bench.judge.features(images))

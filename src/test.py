@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+import processes
 from checkpoint import PRETRAINED
 from config import (
     ROOT,
@@ -94,6 +95,8 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     """Draw the scene of --prompt and say what the judge sees in it."""
     names = parse_prompt(config.prompt, bench.checkpoint.objects)
     images = draw_strip(bench, config.sampling, names, config.seed)
+    if not processes.is_main():
+        return folder
     name = "_".join(names).replace(" ", "-")
     strength = config.sampling.classifier_guidance_scale
     if len(name) > 150:  # file systems allow 255 bytes
@@ -111,7 +114,10 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
-    """Returns the content of accuracies.json, or the path of the prompt's picture."""
+    """Returns the content of accuracies.json, or the path of the prompt's picture.
+
+    Of several processes only the first one writes and returns something.
+    """
     config = parse_args(TestConfig, argv)
     bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
@@ -140,17 +146,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
             if len(judges) > 1:
                 other = evaluate(bench.guide, images, bench.labels[split])
                 records[1][split].append(record(other))
-            if seed == config.seed:
+            if seed == config.seed and processes.is_main():
                 first.append(images)
                 for i, image in enumerate(resize(images, IMAGE_SIZE)):
                     save_image(image, folder / "images" / split / f"{i}.png")
                 save_image(grid(images), folder / f"{split}_grid.png")
         if bench.reference is not None and config.num_fd_samples:
             frechet.append(draw_frechet(bench, sampling, seed, config.num_fd_samples))
-            floor.append(frechet_floor(bench.reference, config.num_fd_samples, seed))
+            if processes.is_main():
+                floor.append(frechet_floor(bench.reference, config.num_fd_samples, seed))
+    way = None
     if set(STRIP_PROMPT) <= bench.checkpoint.objects.keys():
-        steps = draw_strip(bench, sampling, STRIP_PROMPT, config.seed)
-        save_image(strip(steps), folder / "denoising.png")
+        way = draw_strip(bench, sampling, STRIP_PROMPT, config.seed)
+    if not processes.is_main():
+        return {}
+    if way is not None:
+        save_image(strip(way), folder / "denoising.png")
     else:
         print(f"no denoising.png: these objects lack one of {', '.join(STRIP_PROMPT)}")
     judge_name = bench.judge_name(sampling)

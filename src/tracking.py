@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+import processes
 from config import UserError, WandbMode
 
 
@@ -26,6 +27,8 @@ class Tracker:
 
     def __init__(self, mode: WandbMode, project: str, name: str, folder: Path, config: dict):
         self.run = None
+        if not processes.is_main():
+            return
         asked = mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE", "")

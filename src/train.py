@@ -4,6 +4,7 @@
     python src/train.py --recipe small --epochs 20  # a small network, on a CPU
     python src/train.py --resume auto          # go on after an interruption
     python src/train.py --init_from data/standin/model.pth    # start from a trained network
+    accelerate launch --num_processes 8 --multi_gpu src/train.py    # the same steps on 8 GPUs
 
 Writes output/<run_name>/: config.json, metrics.jsonl, checkpoints/model_epoch_N.pth and previews
 samples/epoch_N.png, whose accuracy is logged.
@@ -26,8 +27,10 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import processes
 from checkpoint import (
     Checkpoint,
     DamagedFileError,
@@ -48,6 +51,8 @@ from device import autocast, autocast_dtype, pick_device
 from diffusion import (
     check_steps,
     derive_seed,
+    draw_timesteps,
+    drop_labels,
     make_scheduler,
     picture_seeds,
     sample,
@@ -59,6 +64,7 @@ from figures import grid, save_image
 from files import atomic_write, make_folder, write_json
 from metrics import record, summarise
 from model import DiffusionModel, summary, zero_init
+from optimizer import make_optimizer
 from realism import draw_conditions, frechet_distance, load_reference
 from tracking import Tracker
 
@@ -67,6 +73,7 @@ FREE_ON_RESUME = {
     "recipe", "resume", "epochs", "max_train_steps", "max_skipped_steps", "output_dir",
     "run_name", "save_interval", "sample_interval", "log_interval", "keep_last", "keep_best",
     "num_workers", "device", "compile", "wandb", "wandb_project", "dry_run", "data", "preview",
+    "gradient_accumulation_steps",
 }  # fmt: skip
 
 
@@ -75,6 +82,8 @@ class TrainState:
     """Everything that training changes."""
 
     model: DiffusionModel
+    parallel: nn.Module
+    """The same network; its gradients are the mean over all processes."""
     ema: DiffusionModel | None
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -207,7 +216,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Random numbers of one step, from (seed, step) alone: a resumed run draws the same ones."""
     value = derive_seed(seed, 1, step)
-    torch.manual_seed(value)  # dropout in the network draws from the global generator
+    # Dropout in the network draws from the global generator, for other pictures in each process.
+    torch.manual_seed(value + processes.rank())
     return torch.Generator(device).manual_seed(value)
 
 
@@ -218,16 +228,49 @@ def train_step(
     x_0: Tensor,
     labels: Tensor,
     dtype: torch.dtype | None,
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step; returns loss and gradient norm as scalars on the device."""
-    generator = step_generator(config.seed, state.step, x_0.device)
-    with autocast(x_0.device, dtype):
-        loss = training_loss(
-            state.model, scheduler, scale(x_0, config.noise), labels,
-            config.cfg_dropout_prob, config.min_snr_gamma, config.timestep_power, generator,
-        )  # fmt: skip
+    """One optimiser step.
+
+    All random numbers are drawn for the whole batch, and each process takes its rows: the step is
+    the same, but for rounding, however the batch is cut.
+
+    Args:
+        x_0:    (n, 3, H, W) in [-1, 1], this process's share of the batch
+        labels: (n, K)
+        count:  pictures of the whole batch; None: n
+
+    Returns:
+        scalars on the device: the loss's sum over this process's pictures, divided by `count`,
+        and the norm of the whole batch's gradient.
+    """
+    device, count = x_0.device, count or len(x_0)
+    generator = step_generator(config.seed, state.step, device)
+    t = draw_timesteps(
+        count, config.noise.num_train_timesteps, config.timestep_power,
+        config.stratified_timesteps, generator,
+    )  # fmt: skip
+    eps = torch.randn(count, *x_0.shape[1:], device=device, generator=generator)
+    kept = drop_labels(torch.ones(count, 1, device=device), config.cfg_dropout_prob, generator)
+    mine = processes.shard(count)
+    x_0, labels, t, eps = scale(x_0, config.noise), labels * kept[mine], t[mine], eps[mine]
+
     state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(loss).backward()
+    total = torch.zeros((), device=device)
+    parts = config.gradient_accumulation_steps
+    for number in range(parts):
+        part = slice(len(x_0) * number // parts, len(x_0) * (number + 1) // parts)
+        last = number == parts - 1  # processes exchange their gradients only then
+        with contextlib.nullcontext() if last else no_sync(state.parallel), autocast(device, dtype):
+            losses = training_loss(
+                state.parallel, scheduler, x_0[part], labels[part], t[part], eps[part],
+                config.min_snr_gamma,
+            )  # fmt: skip
+            loss = losses.sum() / count
+            # Gradients become their mean over processes: the sum is wanted.
+            state.scaler.scale(loss * processes.world_size()).backward()
+        total += loss.detach()
+
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
     bad = ~grad_norm.isfinite()  # stays on the device: nothing waits for it
@@ -242,7 +285,14 @@ def train_step(
         decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
         update_ema(state.ema, state.model, decay)
     state.step += 1
-    return loss.detach(), grad_norm
+    return total, grad_norm
+
+
+def no_sync(parallel: nn.Module) -> contextlib.AbstractContextManager:
+    """Keep gradients in their process for now; nothing for a single process."""
+    if isinstance(parallel, DistributedDataParallel):
+        return parallel.no_sync()
+    return contextlib.nullcontext()
 
 
 def start_from(state: TrainState, config: TrainConfig, objects: dict[str, int]) -> None:
@@ -286,15 +336,13 @@ def build_state(config: TrainConfig, total_steps: int, device: torch.device) -> 
     if config.zero_init:
         zero_init(model)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        config.lr,
-        (0.9, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, config)
+    parallel = model
+    if processes.world_size() > 1:
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return TrainState(
         model,
+        parallel,
         copy.deepcopy(model).requires_grad_(False) if config.ema else None,
         optimizer,
         get_cosine_schedule_with_warmup(optimizer, config.lr_warmup_steps, total_steps),
@@ -331,26 +379,31 @@ class Preview:
             if judge is None:
                 raise UserError("--preview_fd_samples: needs a judge; name one with --evaluator")
             self.reference = load_reference(paths, judge)
-            _ = self.reference.features  # computed now: what fails should not fail hours later
+            if processes.is_main():
+                _ = self.reference.features  # now: what fails should not fail hours later
         if config.keep_best and judge is None:
             raise UserError("--keep_best: needs a judge; name one with --evaluator")
 
     def __call__(self, model: DiffusionModel, path: Path) -> dict[str, Any]:
-        """Write the grid; returns what to log."""
+        """Write the grid; returns what to log, in the first process."""
         images, _ = sample(model, self.noise, self.labels, self.seeds, self.sampling)
+        many = None
+        if self.fd_samples:
+            labels = draw_conditions(self.reference, self.fd_samples, self.seed)
+            seeds = picture_seeds(self.seed, self.fd_samples, purpose=2)
+            many, _ = sample(model, self.noise, labels, seeds, self.sampling)
         picture = grid(images)
+        if not processes.is_main():
+            return {}
         save_image(picture, path)
         values: dict[str, Any] = {"preview": picture}
         if self.judge is not None:
             values["judge"] = self.judge.name
             figures = summarise([record(evaluate(self.judge, images, self.labels))])
             values |= {f"preview_{name}": interval.mean for name, interval in figures.items()}
-        if self.fd_samples:
-            labels = draw_conditions(self.reference, self.fd_samples, self.seed)
-            seeds = picture_seeds(self.seed, self.fd_samples, purpose=2)
-            images, _ = sample(model, self.noise, labels, seeds, self.sampling)
+        if many is not None:
             values["preview_frechet_distance"] = frechet_distance(
-                self.reference.features, self.judge.features(images)
+                self.reference.features, self.judge.features(many)
             )
         return values
 
@@ -360,7 +413,7 @@ class Metrics:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        if path.exists():
+        if path.exists() and processes.is_main():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if self._step(line) <= step]
             with atomic_write(path) as temporary:
@@ -381,11 +434,23 @@ class Metrics:
             raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
 
 
+class Stopped(Exception):
+    """A preview was cut short by a signal."""
+
+
 class StopSignal:
     """Ctrl-C and SIGTERM end training after the current step; a second one ends it at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.at_once = False
+        """Raise `Stopped` where the work is, which can be cut short."""
+
+    def agreed(self) -> bool:
+        """Whether any process has been told to stop, since when all of them are."""
+        if number := processes.largest(self.number or 0):
+            self.number = number
+        return number != 0
 
     def __enter__(self) -> "StopSignal":
         self.before = {}
@@ -401,7 +466,10 @@ class StopSignal:
         if self.number is not None:
             sys.exit(128 + number)
         self.number = number
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        if processes.is_main():
+            print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        if self.at_once and processes.world_size() == 1:  # else the others would wait for ever
+            raise Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -432,7 +500,12 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         config.model.image_size, config.seed, config.horizontal_flip,
         cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    steps_per_epoch = len(loader)
+    steps_per_epoch, batch_size = len(loader), loader.batch_sampler.batch_size
+    if batch_size < processes.world_size() * config.gradient_accumulation_steps:
+        raise UserError(
+            f"--batch_size {batch_size}: fewer pictures than {processes.world_size()} process(es) "
+            f"times --gradient_accumulation_steps {config.gradient_accumulation_steps}"
+        )
     total_steps = min(config.epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
     state = build_state(config, total_steps, device)
     if resumed_from:
@@ -458,19 +531,23 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     preview = Preview(config, paths, objects, judge)
 
     lock = FileLock(run_dir / ".lock", timeout=0)  # the system lifts it when the process ends
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"{run_dir}: another process is training here; choose another --run_name"
-        ) from None
-    write_json(run_dir / "config.json", to_dict(config))
+    if processes.is_main():
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{run_dir}: another process is training here; choose another --run_name"
+            ) from None
+        write_json(run_dir / "config.json", to_dict(config))
+    processes.wait_for_all()
     metrics = Metrics(run_dir / "metrics.jsonl", state.step)
     print(f"data: {len(loader.dataset)} pictures, {paths.image_dir}")
     print(
         f"judge: {judge.name}, {judge.path}" if judge else "judge: none, previews get no accuracy"
     )
     print(f"run: {run_dir}, {device}, {dtype or torch.float32}, step {state.step} of {total_steps}")
+    if processes.world_size() > 1:
+        print(f"processes: {processes.world_size()}, each with its share of {batch_size} pictures")
     tracker = Tracker(config.wandb, config.wandb_project, config.run_name, run_dir, to_dict(config))
 
     def check_skipped(limit: int) -> int:
@@ -489,8 +566,12 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         limit = config.max_skipped_steps
         check_skipped(min(limit, 10) if state.step == total_steps else limit)
         name = name or f"model_epoch_{math.ceil(state.step / steps_per_epoch)}.pth"
+        path = run_dir / "checkpoints" / name
+        logged_later = whole_batch(losses)
+        if not processes.is_main():
+            return path
         save_checkpoint(
-            path := run_dir / "checkpoints" / name,
+            path,
             Checkpoint(
                 replace(config, resume=None),
                 objects,
@@ -499,7 +580,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 state.step // steps_per_epoch,
                 state.step,
                 state.training_state()
-                | {"data": data_key(loader.dataset), "losses": losses, "best": best},
+                | {"data": data_key(loader.dataset), "losses": list(logged_later), "best": best},
             ),
         )
         steady = not state.skipped[1]
@@ -509,7 +590,13 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 old.unlink()
         return path
 
+    def whole_batch(losses: list[Tensor]) -> Tensor:
+        """Each step's loss, of which every process knows its part."""
+        return processes.total(torch.stack(losses)) if losses else torch.zeros(0)
+
     def log(values: dict[str, Any]) -> None:
+        if not processes.is_main():
+            return
         tracker.log(values, state.step)
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
         metrics.write({"step": state.step, "epoch": state.step / steps_per_epoch} | numbers)
@@ -520,6 +607,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     losses: list[Tensor] = []
     if resumed_from:
         losses = list(checkpoint.training.get("losses", []))
+        if not processes.is_main():  # the parts of all processes add up to these
+            losses = [torch.zeros_like(loss) for loss in losses]
         del checkpoint  # the device's memory is the training's
     best_path = run_dir / "checkpoints" / "best.pth"
     best = load_checkpoint(best_path).training["best"] if best_path.exists() else -1.0
@@ -527,10 +616,13 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     with (
         contextlib.ExitStack() as stack,
         StopSignal() as stop,
-        tqdm(total=total_steps, initial=state.step, desc="train", unit="step") as bar,
-    ):
+        tqdm(
+            total=total_steps, initial=state.step, desc="train", unit="step",
+            disable=not processes.is_main(),
+        ) as bar,
+    ):  # fmt: skip
         stack.callback(lock.release)
-        while state.step < total_steps and stop.number is None:
+        while state.step < total_steps and not stop.agreed():
             epoch, batch = divmod(state.step, steps_per_epoch)
             loader.batch_sampler.set_position(epoch, batch)
             state.model.train()
@@ -538,17 +630,18 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 x_0 = x_0.to(device, memory_format=torch.channels_last, non_blocking=True)
                 labels = labels.to(device, non_blocking=True)
                 lr = state.lr_scheduler.get_last_lr()[0]
-                loss, grad_norm = train_step(state, config, scheduler, x_0, labels, dtype)
+                loss, grad_norm = train_step(
+                    state, config, scheduler, x_0, labels, dtype, batch_size
+                )
                 losses.append(loss)
                 bar.update()
                 if state.step % config.log_interval == 0 or state.step == total_steps:
                     skipped = check_skipped(config.max_skipped_steps)
-                    finite = [
-                        value for value in torch.stack(losses).tolist() if math.isfinite(value)
-                    ]
+                    of_steps = whole_batch(losses).tolist()
+                    finite = [value for value in of_steps if math.isfinite(value)]
                     loss = sum(finite) / len(finite) if finite else None
                     seconds = time.perf_counter() - since
-                    images_per_s = (state.step - timed_from) * len(x_0) / seconds
+                    images_per_s = (state.step - timed_from) * batch_size / seconds
                     values = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
                               "images_per_s": images_per_s, "seconds": seconds,
                               "skipped_steps": skipped}  # fmt: skip
@@ -562,21 +655,27 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                     bar.set_postfix(shown)
                     losses = []
                     since, timed_from = time.perf_counter(), state.step
-                if state.step == total_steps or stop.number is not None:
+                if stop.agreed() or state.step == total_steps:
                     break
             done = state.step == total_steps
             epoch = math.ceil(state.step / steps_per_epoch)
             if stop.number is not None or done or epoch % config.save_interval == 0:
                 saved, saved_step = save(), state.step
             if stop.number is None and (done or epoch % config.sample_interval == 0):
-                values = preview(
-                    state.ema or state.model, run_dir / "samples" / f"epoch_{epoch}.png"
-                )
+                path = run_dir / "samples" / f"epoch_{epoch}.png"
+                try:
+                    stop.at_once = True
+                    values = preview(state.ema or state.model, path)
+                except Stopped:
+                    break
+                finally:
+                    stop.at_once = False
                 log(values)
-                if "preview_accuracy" in values:
-                    shown["preview"] = f"{values['preview_accuracy']:.3f}"
-                    if config.keep_best and values["preview_accuracy"] > best:
-                        best = values["preview_accuracy"]
+                accuracy = processes.from_main(values.get("preview_accuracy"))
+                if accuracy is not None:
+                    shown["preview"] = f"{accuracy:.3f}"
+                    if config.keep_best and accuracy > best:
+                        best = accuracy
                         save("best.pth")
                 since, timed_from = time.perf_counter(), state.step
         if state.step != saved_step:  # stopped while a preview was drawn

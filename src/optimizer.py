@@ -1,0 +1,125 @@
+"""The optimiser: AdamW for all weights, or Muon for the matrices among them."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from config import TrainConfig
+from device import autocast_dtype
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration (Jordan 2024), which brings singular values near 1."""
+NOT_HIDDEN = ("unet.conv_in.", "unet.conv_out.", "class_embedding.0.")
+"""Matrices between the network and the world, which Muon is not made for."""
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) or `Muon`, with the settings' learning rate and decay."""
+    betas = (0.9, config.adam_beta2)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), config.lr, betas, weight_decay=config.weight_decay, fused=True
+        )
+    hidden, others = [], []
+    for name, weight in model.named_parameters():
+        is_hidden = weight.ndim > 1 and not name.startswith(NOT_HIDDEN)
+        (hidden if is_hidden else others).append(weight)
+    return Muon(hidden, others, config.lr, betas, config.weight_decay)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (Jordan 2024), for matrices; AdamW for the rest.
+
+    A convolution's weight (C_out, C_in, k, k) counts as a matrix (C_out, C_in k k). Updates are
+    scaled to the size of AdamW's (Liu et al. 2025, equation 4), so that both take one learning
+    rate. Equal to torch.optim.Muon on matrices (which takes no convolutions), but works on all
+    of one shape at once and, like torch's fused optimisers, leaves everything as it is where the
+    attribute `found_inf` is 1.
+    """
+
+    def __init__(
+        self,
+        matrices: list[Tensor],
+        others: list[Tensor],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        momentum: float = 0.95,
+    ):
+        groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        matrices, others = self.param_groups
+        found_inf = getattr(self, "found_inf", None)
+        self._adamw(others, found_inf)
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for weight in matrices["params"]:
+            if weight.grad is not None:
+                by_shape.setdefault(weight.shape, []).append(weight)
+        for weights in by_shape.values():
+            self._muon(weights, matrices, found_inf)
+
+    def _muon(self, weights: list[Tensor], group: dict, found_inf: Tensor | None) -> None:
+        """One step of weights (C_out, C_in ...) of one shape."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
+        grad, before = torch.stack([w.grad for w in weights]), torch.stack(momenta)
+        momentum = mu * before + grad
+        nesterov = (grad + mu * momentum).flatten(2)  # (weights, C_out, C_in k k)
+        update = orthogonalized(nesterov) * 0.2 * max(nesterov.shape[1:]) ** 0.5
+        if found_inf is not None:
+            bad = found_inf.bool()
+            momentum = torch.where(bad, before, momentum)
+            update = torch.where(bad, 0, update)
+            decay = decay * ~bad
+        torch._foreach_copy_(momenta, list(momentum))
+        for weight, move in zip(weights, update, strict=True):
+            weight.mul_(1 - lr * decay).sub_(lr * move.reshape(weight.shape))
+
+    def _adamw(self, group: dict, found_inf: Tensor | None) -> None:
+        weights = [w for w in group["params"] if w.grad is not None]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight] |= {
+                    "step": torch.zeros((), device=weight.device),
+                    "exp_avg": torch.zeros_like(weight),
+                    "exp_avg_sq": torch.zeros_like(weight),
+                }
+        states = [self.state[weight] for weight in weights]
+        adamw(
+            weights,
+            [weight.grad for weight in weights],
+            *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Roughly U V^T of each matrix U S V^T: (N, A, B) -> (N, A, B) float32.
+
+    Five Newton-Schulz steps leave singular values between about .7 and 1.2, near enough.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(autocast_dtype("auto", matrices.device) or torch.float32)
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.mT
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return (wide if x.shape[1] <= x.shape[2] else wide.mT).float()

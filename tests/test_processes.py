@@ -1,0 +1,188 @@
+"""Two processes on this machine, started as the README says, against a single one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_NETWORK, SRC, write_world
+from PIL import Image
+
+import processes
+import train
+from checkpoint import load_checkpoint
+
+
+def launched(script: str, argv: list, count: int = 2) -> subprocess.Popen:
+    """`accelerate launch`; on a machine without GPUs, too, its --multi_gpu starts processes."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+        "--num_processes", count, "--num_machines", 1, "--main_process_port", port,
+        "--mixed_precision", "no", "--dynamo_backend", "no", SRC / script, *argv,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [str(part) for part in command], text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def argv_of(data: Path, output: Path, *more) -> list[str]:
+    return [
+        "--data_dir", str(data), "--output_dir", str(output), "--run_name", "r", "--batch_size",
+        "5", "--device", "cpu", "--mixed_precision", "no", "--wandb", "disabled",
+        "--log_interval", "1", "--sample_interval", "3", "--epochs", "6", "--lr", "1e-3",
+        "--lr_warmup_steps", "0", *SMALL_NETWORK, *map(str, more),
+    ]  # fmt: skip
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, average and loss curve agree but for rounding."""
+    first, second = (load_checkpoint(train.latest_checkpoint(x)) for x in (a, b))
+    assert first.step == second.step
+    for ours, theirs in ((first.model, second.model), (first.ema, second.ema)):
+        for name, value in theirs.items():
+            if name.endswith("to_k.bias"):
+                continue  # softmax cancels it: its gradient is rounding alone, scaled up by AdamW
+            # AdamW blows up the rounding of tiny gradients, but not in many entries at once.
+            assert (ours[name] - value).norm() <= 2e-4 * value.norm(), name
+    assert losses_of(a) == pytest.approx(losses_of(b), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A run of a single process: data folder, run folder."""
+    root = tmp_path_factory.mktemp("single")
+    data = write_world(root / "data")
+    train.main(argv_of(data, root / "output"))
+    return data, root / "output" / "r"
+
+
+def test_two_processes_train_as_one(single, tmp_path):
+    """Uneven shares, too: a batch of 5 is one of 2 and one of 3."""
+    data, alone = single
+    code, out, err = finished(launched("train.py", argv_of(data, tmp_path)))
+    assert code == 0, err
+    assert "processes: 2, each with its share of 5 pictures" in out
+    assert out.count("saved") == 1  # one writer
+    assert_same_run(tmp_path / "r", alone)
+    ours, theirs = (x / "samples" / "epoch_6.png" for x in (tmp_path / "r", alone))
+    a, b = (np.asarray(Image.open(p)).astype(int) for p in (ours, theirs))
+    assert abs(a - b).max() <= 2
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_accumulated_gradients_are_those_of_the_whole_batch(single, tmp_path, parts):
+    data, alone = single
+    train.main(argv_of(data, tmp_path, "--gradient_accumulation_steps", parts))
+    assert_same_run(tmp_path / "r", alone)
+
+
+def test_killed_processes_go_on_as_another_number_of_them(single, tmp_path):
+    """SIGKILL to one of two ends both; one goes on from the last checkpoint, as if alone."""
+    data, alone = single
+    argv = argv_of(data, tmp_path, "--save_interval", 1, "--gradient_accumulation_steps", 2,
+                   "--sample_interval", 1)  # fmt: skip
+    process = launched("train.py", argv)
+    deadline = time.monotonic() + 120
+    while not (found := train.latest_checkpoint(tmp_path / "r")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    # The launcher's children; each lives in a group of its own.
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    workers = children.stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    code, _, err = finished(process)
+    left = load_checkpoint(found).step
+    assert code != 0 and 0 < left < 12
+    argv = ["--output_dir", tmp_path, "--run_name", "r", "--resume", "auto"]
+    train.main([str(a) for a in [*argv, "--gradient_accumulation_steps", 1]])
+    assert_same_run(tmp_path / "r", alone)
+
+
+def test_sigterm_stops_all_after_the_same_step(single, tmp_path):
+    data, alone = single
+    process = launched("train.py", argv_of(data, tmp_path, "--epochs", 10**6))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "r" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)  # the launcher hands it on
+    code, _, err = finished(process)
+    assert code != 0
+    checkpoint = load_checkpoint(train.latest_checkpoint(tmp_path / "r"))
+    assert checkpoint.step == len(losses_of(tmp_path / "r"))
+    assert f"stopped at step {checkpoint.step}, saved" in err and "--resume auto" in err
+
+
+def test_an_error_of_all_is_printed_once(tmp_path, single):
+    data, _ = single
+    argv = argv_of(data, tmp_path, "--batch_size", 1)
+    code, _, err = finished(launched("train.py", argv))
+    assert code != 0
+    assert err.count("error: --batch_size 1: fewer pictures than 2 process(es)") == 1
+
+
+def test_two_processes_draw_the_same_pictures(trained, tmp_path):
+    """test.py and the sweep, shared between processes; the sweep goes on from a single one's."""
+    data, _, checkpoint = trained
+    argv = ["--ckpt_path", checkpoint, "--data_dir", data, "--device", "cpu", "--wandb",
+            "disabled", "--mixed_precision", "no", "--num_fd_samples", 5,
+            "--num_inference_steps", 5, "--num_seeds", 2]  # fmt: skip
+    scales = ["--scale_max", 2]
+    import guidance_scale
+    import test
+
+    test.main([str(a) for a in [*argv, "--output_dir", tmp_path / "a"]])
+    guidance_scale.main([str(a) for a in [*argv, *scales, "--output_dir", tmp_path / "a"]])
+    for script, more in (("test.py", []), ("guidance_scale.py", scales)):
+        code, _, err = finished(launched(script, [*argv, *more, "--output_dir", tmp_path / "b"]))
+        assert code == 0, err
+    pictures, theirs = (
+        sorted(p.relative_to(tmp_path / x) for p in (tmp_path / x).rglob("*.png")) for x in "ab"
+    )
+    assert pictures == theirs
+    for path in pictures:
+        if path.name not in ("sweep.png", "confusion.png"):
+            a, b = (np.asarray(Image.open(tmp_path / x / path)).astype(int) for x in "ab")
+            assert abs(a - b).max() <= 2, path
+    for name, key in (("accuracies.json", "records"), ("sweep.json", "best")):
+        a, b = (json.loads(next((tmp_path / x).rglob(name)).read_text()) for x in "ab")
+        assert a.keys() == b.keys() and a[key] == b[key]
+        if name == "accuracies.json":
+            distances = [report["frechet_distance"]["mean"] for report in (a, b)]
+            assert distances[0] == pytest.approx(distances[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_shares_cover_everything_once(monkeypatch, count, world):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    shares = [list(range(count))[processes.shard(count, number)] for number in range(world)]
+    assert sum(shares, []) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
