@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from common import machine, share_interval, shares
 
-from checkpoint import load_checkpoint
 from config import RECIPES, ROOT, DataConfig, SamplingConfig, UserError, to_dict
 from dataset import find_data, read_objects, read_train
 from device import pick_device
@@ -90,7 +89,7 @@ def train_all(runs: dict[str, Run], output_dir: Path, data: DataConfig, at_once:
 
     def start(name: str) -> subprocess.Popen | None:
         latest = latest_whole_checkpoint(output_dir / name)
-        if latest and load_checkpoint(latest).step >= runs[name].steps:
+        if latest and latest.checkpoint.step >= runs[name].steps:
             return None  # all of its steps are done
         command = f"{runs[name].flags} --run_name {name} --wandb disabled {data_flags(data)}"
         command += f" --output_dir {shlex.quote(str(output_dir))}"

@@ -1,6 +1,10 @@
 """i-CLEVR as the course hands it out: labels, conditions and pictures."""
 
+import contextlib
 import difflib
+import hashlib
+import os
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import processes
 from config import ROOT, DataConfig, UserError
-from files import read_json
+from files import atomic_write, read_json
 from image_cache import load_images
 from render_iclevr import NAMES
 
@@ -22,6 +26,8 @@ Mode = Literal["train", "test", "new_test"]
 SPLITS = ("test", "new_test")
 SHIPPED_EVALUATOR = ROOT / "data" / "standin" / "evaluator.pth"
 """The judge that comes with the repository, trained on the stand-in."""
+CHECK_EACH = 200_000
+"""Of more training pictures than this, not every file is looked at for changes at every start."""
 HOW_TO_GET_DATA = (
     "put the course's objects.json, train.json, test.json, new_test.json and iclevr/ into data/, "
     "or render a stand-in with: python src/render_iclevr.py"
@@ -159,7 +165,7 @@ def read_train(data_dir: Path, objects: dict[str, int]) -> tuple[list[str], Tens
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: expected a non-empty dict of file name -> object names")
     for name in entries:
-        if name in ("", ".", "..") or any(c in name for c in "/\\\0:"):
+        if name in ("", ".", "..") or any(c in name for c in "/\\\0:\n"):
             raise UserError(f"{path}: {name!r} is not a plain file name")
     return list(entries), _encode_all(path, entries.items(), objects)
 
@@ -194,6 +200,55 @@ def resize(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
+def open_train(
+    data_dir: Path, image_dir: Path, objects: dict[str, int], image_size: int, cache_dir: Path
+) -> tuple[list[str], Tensor, Path]:
+    """Names, labels (N, objects) and the cache of the training pictures, made if need be.
+
+    A list of more than CHECK_EACH pictures is kept in the cache folder as it was read, and opens
+    within a second; then only the list and the folder are looked at for changes, not every file.
+
+    Raises:
+        UserError: as `read_train` and `image_cache.load_images`.
+    """
+    kept = list_file(data_dir, image_dir, image_size, cache_dir)
+    if kept.exists():
+        try:
+            with np.load(kept) as file:
+                names = file["names"].tobytes().decode("utf-8", "surrogatepass").split("\n")
+                labels, path = torch.from_numpy(file["labels"]).float(), str(file["cache"])
+            if (cache_dir / path).exists():
+                return names, labels, cache_dir / path
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass  # damaged: read everything again
+    names, labels = read_train(data_dir, objects)
+    path = load_images(image_dir, names, image_size, cache_dir)
+    if len(names) > CHECK_EACH:
+        keep_list(kept, names, labels, path)
+    return names, labels, path
+
+
+def list_file(data_dir: Path, image_dir: Path, image_size: int, cache_dir: Path) -> Path:
+    """Where `open_train` keeps the list: named after all that it follows from."""
+    sources = hashlib.sha256(str(image_dir.resolve()).encode("utf-8", "surrogateescape"))
+    for name in ("objects.json", "train.json"):
+        with contextlib.suppress(OSError):  # reading them for good will say what is wrong
+            sources.update((data_dir / name).read_bytes())
+    with contextlib.suppress(OSError):
+        sources.update(str(os.stat(image_dir).st_mtime_ns).encode())
+    return cache_dir / f"{image_size}px-list-{sources.hexdigest()[:16]}.npz"
+
+
+def keep_list(kept: Path, names: list[str], labels: Tensor, cache: Path) -> None:
+    """Write the list for `open_train`; names can't hold a line feed (see `read_train`)."""
+    text = "\n".join(names).encode("utf-8", "surrogatepass")
+    with atomic_write(kept) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file, names=np.frombuffer(text, np.uint8), labels=labels.to(torch.uint8).numpy(),
+            cache=cache.name,
+        )  # fmt: skip
+
+
 class IclevrDataset(Dataset):
     """i-CLEVR.
 
@@ -222,10 +277,10 @@ class IclevrDataset(Dataset):
         self.mode = mode
         self.objects = read_objects(data_dir)
         if mode == "train":
-            self.names, self.labels = read_train(data_dir, self.objects)
+            cache_dir = Path(cache_dir or Path(data_dir) / ".cache")
             with processes.main_first():
-                self.cache = load_images(
-                    Path(image_dir), self.names, image_size, cache_dir or Path(data_dir) / ".cache"
+                self.names, self.labels, self.cache = open_train(
+                    Path(data_dir), Path(image_dir), self.objects, image_size, cache_dir
                 )
             self.images = np.load(self.cache, mmap_mode="r")  # (N, 3, S, S) uint8
         elif mode in SPLITS:

@@ -7,8 +7,6 @@ and draws.jsonl, from which an interrupted sweep goes on.
 """
 
 import csv
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,14 +35,22 @@ from config import (
     to_dict,
 )
 from dataset import SPLITS
-from device import autocast_dtype
 from diffusion import check_steps
-from evaluator import git_blob_hash
 from files import atomic_write, make_folder, write_json
 from intervals import Interval, clip, frechet_interval, mean_interval
-from metrics import COUNTS, Record, record, summarise
+from metrics import COUNTS, record, summarise
 from realism import frechet_floor
-from scoring import Bench, draw_frechet, draw_splits, open_bench, with_reference
+from scoring import (
+    Draw,
+    Draws,
+    append_draw,
+    draw_frechet,
+    draw_splits,
+    open_bench,
+    read_draws,
+    settings_key,
+    with_reference,
+)
 from tracking import Tracker
 
 COLUMNS = (*SPLITS, "mean")
@@ -99,56 +105,6 @@ def guidance_scales(config: SweepConfig) -> list[float]:
     if count >= MAX_SCALES:
         raise UserError(f"--scale_step {config.scale_step:g}: gives more than {MAX_SCALES} scales")
     return [round(config.scale_min + i * config.scale_step, 6) for i in range(int(count) + 1)]
-
-
-def sweep_key(ckpt_path: Path, num_fd_samples: int, bench: Bench, sampling: SamplingConfig) -> str:
-    """Hash of all that a draw depends on; draws of other settings are never mixed in."""
-    device = next(bench.model.parameters()).device
-    parts = {
-        "checkpoint": git_blob_hash(ckpt_path),
-        "judge": git_blob_hash(bench.judge.path),
-        "guide": git_blob_hash(bench.guide.path) if sampling.classifier_guidance_scale else None,
-        "fd": num_fd_samples if bench.reference else 0,
-        "training": bench.reference and bench.reference.key,
-        "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
-        "sampling": to_dict(replace(sampling, guidance_scale=0.0, batch_size=1)),
-        "arithmetic": f"{device.type} {autocast_dtype(sampling.mixed_precision, device)}",
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
-
-
-@dataclass
-class Draw:
-    """One draw of a scale: a record for each split, and the Frechet distance if asked for."""
-
-    records: dict[str, Record]
-    frechet: float | None = None
-
-
-Draws = dict[tuple[float, int], Draw]
-"""(scale, seed) -> draw."""
-
-
-def read_draws(path: Path) -> Draws:
-    """Draws made before; a line cut short by a kill is left out, and drawn again."""
-    draws = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(line)
-                draws[line["scale"], line["seed"]] = Draw(line["records"], line["frechet"])
-            except (ValueError, TypeError, KeyError):
-                continue
-    return draws
-
-
-def append_draw(path: Path, scale: float, seed: int, draw: Draw) -> None:
-    """Add one line; the leading newline ends a line that a kill has cut short."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps({"scale": scale, "seed": seed} | vars(draw)))
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror}") from None
 
 
 def picture_shares(draws: Draws, scale: float, seeds: list[int], figure: str) -> np.ndarray:
@@ -326,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if config.num_fd_samples:
         bench = with_reference(bench)
     sampling = SamplingConfig(**vars(replace(config.sampling, num_inference_steps=steps)))
-    key = sweep_key(config.ckpt_path, config.num_fd_samples, bench, sampling)
+    alike = replace(sampling, guidance_scale=0.0)  # of all scales of this sweep
+    key = settings_key(config.ckpt_path, config.num_fd_samples, bench, alike)
     name = f"{sampling.scheduler}{steps}-{key}"
     name += "-guided_by_the_judge" if sampling.classifier_guidance_scale else ""
     folder = config.output_dir / bench.run_name / "guidance_scale" / name
@@ -352,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
         draws[scale, seed] = draw
         if processes.is_main():
-            append_draw(folder / "draws.jsonl", scale, seed, draws[scale, seed])
+            append_draw(folder / "draws.jsonl", scale, seed, draw)
     if not processes.is_main():
         return {}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,9 +36,18 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
         UserError: pictures are missing or broken, or the cache can't be written.
     """
     stats, missing = [], []
+    inside = image_dir.resolve()
     for name in names:
         try:
-            stats.append(os.stat(image_dir / name))
+            found = os.lstat(image_dir / name)
+            if stat.S_ISLNK(found.st_mode):
+                if inside not in (image_dir / name).resolve().parents:
+                    raise UserError(
+                        f"{image_dir / name}: a link that leads out of the folder; put the "
+                        "picture itself there"
+                    )
+                found = os.stat(image_dir / name)
+            stats.append(found)
         except (OSError, ValueError):  # ValueError: no name that a file could have
             missing.append(name)
     if missing:
@@ -48,8 +58,8 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
             "with --data_dir data/standin"
         )
     sources = hashlib.sha256()
-    for name, stat in zip(names, stats, strict=True):
-        sources.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    for name, found in zip(names, stats, strict=True):
+        sources.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     folder = hashlib.sha256(str(image_dir.resolve()).encode()).hexdigest()[:8]
     path = cache_dir / f"{image_size}px-{folder}-{sources.hexdigest()[:16]}.npy"
     if path.exists():

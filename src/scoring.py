@@ -1,20 +1,31 @@
 """A trained network on the bench: with its judge and both test splits, drawn and scored."""
 
+import hashlib
+import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import processes
 from checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_model
-from config import DataConfig, SamplingConfig, UserError
+from config import DataConfig, SamplingConfig, UserError, to_dict
 from dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
-from device import pick_device
+from device import autocast_dtype, pick_device
 from diffusion import picture_seeds, sample
-from evaluator import Evaluation, Evaluator, evaluate, load_evaluator, require_evaluator
+from evaluator import (
+    Evaluation,
+    Evaluator,
+    evaluate,
+    git_blob_hash,
+    load_evaluator,
+    require_evaluator,
+)
+from metrics import Record
 from model import DiffusionModel
 from realism import Reference, draw_conditions, frechet_distance, load_reference
 
@@ -129,3 +140,61 @@ def draw_frechet(
     if not processes.is_main():
         return math.nan
     return frechet_distance(bench.reference.features, bench.judge.features(images))
+
+
+def settings_key(
+    ckpt_path: Path, num_fd_samples: int, bench: Bench, sampling: SamplingConfig
+) -> str:
+    """Hash of all that a draw depends on but its seed: draws of other settings are never mixed in.
+
+    It names the folder of the results.
+    """
+    device = next(bench.model.parameters()).device
+    parts = {
+        "checkpoint": git_blob_hash(ckpt_path),
+        "judge": git_blob_hash(bench.judge.path),
+        "guide": git_blob_hash(bench.guide.path) if bench.guide is not bench.judge else None,
+        "fd": num_fd_samples if bench.reference else 0,
+        "training": bench.reference and bench.reference.key,
+        "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
+        "sampling": to_dict(replace(sampling, batch_size=1)),
+        "arithmetic": f"{device.type} {autocast_dtype(sampling.mixed_precision, device)}",
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@dataclass
+class Draw:
+    """One draw of both splits: a record for each, and the Frechet distance if asked for."""
+
+    records: dict[str, Record]
+    frechet: float | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+    """What a script keeps beside, JSON-able."""
+
+
+Draws = dict[tuple[float, int], Draw]
+"""(guidance scale, seed) -> draw."""
+
+
+def read_draws(path: Path) -> Draws:
+    """Draws made before; a line cut short by a kill is left out, and drawn again."""
+    draws = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(line)
+                draw = Draw(line["records"], line["frechet"], line.get("more", {}))
+                draws[line["scale"], line["seed"]] = draw
+            except (ValueError, TypeError, KeyError):
+                continue
+    return draws
+
+
+def append_draw(path: Path, scale: float, seed: int, draw: Draw) -> None:
+    """Add one line; the leading newline ends a line that a kill has cut short."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({"scale": scale, "seed": seed} | vars(draw)))
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}") from None

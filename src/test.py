@@ -3,12 +3,14 @@
     python src/test.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
     python src/test.py --ckpt_path ... --prompt "red sphere, cyan cube"
 
-Writes output/result/<run>/<sampling>/: images/<split>/0.png ... 31.png, a grid of each split, the
-way from noise to a picture, which object was taken for which (confusion.png), the nearest training
-pictures (nearest.png), figures.md and accuracies.json; and output/result/<run>/accuracies.md, where
+Writes output/result/<run>/<sampling>-<hash of all settings>/: images/<split>/0.png ... 31.png, a
+grid of each split, the way from noise to a picture, which object was taken for which
+(confusion.png), the nearest training pictures (nearest.png), figures.md, accuracies.json, and
+draws.jsonl, from which an interrupted test goes on; and output/result/<run>/accuracies.md, where
 different ways of sampling stand side by side. Network and schedule are those in the checkpoint.
 """
 
+import statistics
 import sys
 import zlib
 from collections.abc import Sequence
@@ -41,9 +43,19 @@ from evaluator import IMAGE_SIZE, evaluate
 from figures import confusion_chart, grid, pairs, save_image, strip
 from files import atomic_write, make_folder, read_json, write_json
 from intervals import Interval, frechet_interval
-from metrics import Record, confusion_shares, paired_difference, record, summarise, table
+from metrics import confusion_shares, paired_difference, record, summarise, table
 from realism import frechet_floor, nearest
-from scoring import Bench, draw_frechet, draw_splits, open_bench, with_reference
+from scoring import (
+    Bench,
+    Draw,
+    append_draw,
+    draw_frechet,
+    draw_splits,
+    open_bench,
+    read_draws,
+    settings_key,
+    with_reference,
+)
 from tracking import Tracker
 
 STRIP_PROMPT = ["red sphere", "cyan cylinder", "cyan cube"]
@@ -91,6 +103,36 @@ def draw_strip(bench: Bench, sampling: SamplingConfig, names: list[str], seed: i
     return kept[:, 0]
 
 
+def draw_seed(bench: Bench, config: TestConfig, seed: int, folder: Path) -> Draw:
+    """Draw and score both splits and the pictures of the Frechet distance.
+
+    The pictures of the first seed are written to the folder.
+    """
+    draw = Draw({}, more={"other": {}, "confusion": 0, "floor": None, "nearest_rms": None})
+    splits = draw_splits(bench, config.sampling, seed)
+    for split, (images, result) in splits.items():
+        draw.records[split] = record(result)
+        draw.more["confusion"] += result.confusion
+        if bench.judge is not bench.guide:
+            other = evaluate(bench.guide, images, bench.labels[split])
+            draw.more["other"][split] = record(other)
+        if seed == config.seed and processes.is_main():
+            for i, image in enumerate(resize(images, IMAGE_SIZE)):
+                save_image(image, folder / "images" / split / f"{i}.png")
+            save_image(grid(images), folder / f"{split}_grid.png")
+    draw.more["confusion"] = draw.more["confusion"].tolist()
+    if bench.reference is not None and config.num_fd_samples:
+        draw.frechet = draw_frechet(bench, config.sampling, seed, config.num_fd_samples)
+        if processes.is_main():
+            draw.more["floor"] = frechet_floor(bench.reference, config.num_fd_samples, seed)
+    if bench.reference is not None and seed == config.seed and processes.is_main():
+        images = torch.cat([images for images, _ in splits.values()])
+        found, rms = nearest(images, bench.reference)
+        save_image(pairs(images, found), folder / "nearest.png")
+        draw.more["nearest_rms"] = rms.tolist()
+    return draw
+
+
 def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     """Draw the scene of --prompt and say what the judge sees in it."""
     names = parse_prompt(config.prompt, bench.checkpoint.objects)
@@ -98,11 +140,11 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     if not processes.is_main():
         return folder
     name = "_".join(names).replace(" ", "-")
-    strength = config.sampling.classifier_guidance_scale
     if len(name) > 150:  # file systems allow 255 bytes
         name = f"{len(names)}-objects-{zlib.crc32(name.encode()):08x}"
-    guided = f"_guided_by_the_judge{strength:g}" if strength else ""
-    path = folder / "prompt" / f"{name}_seed{config.seed}{guided}.png"
+    key = settings_key(config.ckpt_path, 0, bench, config.sampling)
+    how = f"{folder_name(replace(config, seed=0, num_seeds=1))}-{key}"
+    path = folder / "prompt" / how / f"{name}_seed{config.seed}.png"
     save_image(images[-1], path)
     save_image(strip(images), path.with_name(f"{path.stem}_steps.png"))
     scores = bench.judge.scores(images[-1:])[0]
@@ -128,42 +170,42 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     if config.prompt is not None:
         return draw_prompt(bench, config, run_folder)
     bench = with_reference(bench)
-    name = folder_name(config)
+    key = settings_key(config.ckpt_path, config.num_fd_samples, bench, sampling)
+    name = f"{folder_name(config)}-{key}"
     folder = run_folder / name
+    make_folder(folder)
+    draws = processes.from_main(read_draws(folder / "draws.jsonl"))
     tracker = Tracker(
         config.wandb, config.wandb_project, f"{bench.run_name}-{name}", run_folder, to_dict(config)
     )
 
-    judges = [bench.judge] if bench.judge is bench.guide else [bench.judge, bench.guide]
-    records: list[dict[str, list[Record]]] = [{split: [] for split in SPLITS} for _ in judges]
-    confusion = torch.zeros((), dtype=torch.long)
-    frechet, floor = [], []
-    first: list[Tensor] = []
-    for seed in range(config.seed, config.seed + config.num_seeds):
-        for split, (images, result) in draw_splits(bench, sampling, seed).items():
-            records[0][split].append(record(result))
-            confusion = confusion + result.confusion
-            if len(judges) > 1:
-                other = evaluate(bench.guide, images, bench.labels[split])
-                records[1][split].append(record(other))
-            if seed == config.seed and processes.is_main():
-                first.append(images)
-                for i, image in enumerate(resize(images, IMAGE_SIZE)):
-                    save_image(image, folder / "images" / split / f"{i}.png")
-                save_image(grid(images), folder / f"{split}_grid.png")
-        if bench.reference is not None and config.num_fd_samples:
-            frechet.append(draw_frechet(bench, sampling, seed, config.num_fd_samples))
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    scale = sampling.guidance_scale
+    if there := sum((scale, seed) in draws for seed in seeds):
+        print(f"{there} of {config.num_seeds} draws are there already: {folder}")
+    for seed in seeds:
+        if (scale, seed) not in draws:
+            draws[scale, seed] = draw_seed(bench, config, seed, folder)
             if processes.is_main():
-                floor.append(frechet_floor(bench.reference, config.num_fd_samples, seed))
+                append_draw(folder / "draws.jsonl", scale, seed, draws[scale, seed])
     way = None
-    if set(STRIP_PROMPT) <= bench.checkpoint.objects.keys():
+    if not set(STRIP_PROMPT) <= bench.checkpoint.objects.keys():
+        print(f"no denoising.png: these objects lack one of {', '.join(STRIP_PROMPT)}")
+    elif processes.from_main(not (folder / "denoising.png").exists()):
         way = draw_strip(bench, sampling, STRIP_PROMPT, config.seed)
     if not processes.is_main():
         return {}
     if way is not None:
         save_image(strip(way), folder / "denoising.png")
-    else:
-        print(f"no denoising.png: these objects lack one of {', '.join(STRIP_PROMPT)}")
+
+    of_seeds = [draws[scale, seed] for seed in seeds]
+    judges = [bench.judge] if bench.judge is bench.guide else [bench.judge, bench.guide]
+    records = [{split: [draw.records[split] for draw in of_seeds] for split in SPLITS}]
+    if len(judges) > 1:
+        records.append({s: [draw.more["other"][s] for draw in of_seeds] for s in SPLITS})
+    confusion = sum(torch.tensor(draw.more["confusion"]) for draw in of_seeds)
+    frechet = [draw.frechet for draw in of_seeds if draw.frechet is not None]
+    floor = [draw.more["floor"] for draw in of_seeds if draw.frechet is not None]
     judge_name = bench.judge_name(sampling)
     names = sorted(bench.checkpoint.objects, key=bench.checkpoint.objects.__getitem__)
     title = f"{bench.run_name}, {name}, judge: {judge_name}"
@@ -172,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     figures = {split: summarise(records[0][split]) for split in SPLITS}
     report = {
         "checkpoint": str(config.ckpt_path),
+        "settings": key,
         "epoch": bench.checkpoint.epoch,
         "step": bench.checkpoint.step,
         "judge": judge_name,
@@ -196,15 +239,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
             f"Frechet distance, {config.num_fd_samples} pictures: {frechet_interval(frechet)}; "
             f"of as many training pictures: {frechet_interval(floor)}"
         )
-    (folder / "nearest.png").unlink(missing_ok=True)  # of an earlier test
-    if bench.reference is not None:
-        images = torch.cat(first)
-        found, rms = nearest(images, bench.reference)
-        save_image(pairs(images, found), folder / "nearest.png")
-        report["nearest_rms"] = rms.tolist()
+    if rms := of_seeds[0].more["nearest_rms"]:
+        report["nearest_rms"] = rms
         text.append(
-            f"nearest training picture (nearest.png): median difference {rms.median():.1f} of "
-            f"255 levels, least {rms.min():.1f}"
+            f"nearest training picture (nearest.png): median difference "
+            f"{statistics.median(rms):.1f} of 255 levels, least {min(rms):.1f}"
         )
     if len(judges) > 1:
         guide = {split: summarise(records[1][split]) for split in SPLITS}

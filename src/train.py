@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -107,23 +107,35 @@ class TrainState:
         self.optimizer.load_state_dict(checkpoint.training["optimizer"])
         self.lr_scheduler.load_state_dict(checkpoint.training["lr_scheduler"])
         self.scaler.load_state_dict(checkpoint.training["scaler"])
-        self.skipped = checkpoint.training.get("skipped", self.skipped)
+        skipped = checkpoint.training.get("skipped", self.skipped)
+        self.skipped = skipped.to(self.skipped.device)
         self.step = checkpoint.step
 
 
-def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
-    """Flags, and the checkpoint to go on from; on resuming, flags default to its settings.
+class Source(NamedTuple):
+    """A checkpoint that was read, and its file."""
 
-    With --init_from, network and noise schedule default to those of that checkpoint.
+    path: Path
+    checkpoint: Checkpoint
+
+
+def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]:
+    """Flags, and the checkpoint of --resume or --init_from.
+
+    On resuming, flags default to the checkpoint's settings; with --init_from, network and noise
+    schedule default to its.
 
     Raises:
         UserError: nothing to resume, a setting that can't change on the way, or a run folder
             that is in use already.
     """
-    config = parse_args(TrainConfig, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    plain = [flag for flag in argv if flag not in ("-h", "--help")]  # its defaults: the recipe's
+    config = parse_args(TrainConfig, plain)
     default = RECIPES[config.recipe]
     if config.init_from and config.resume is None:
-        start = load_checkpoint(config.init_from).config
+        source = Source(config.init_from, load_checkpoint(config.init_from))
+        start = source.checkpoint.config
         default = replace(default, model=start.model, noise=start.noise)
         config = parse_args(TrainConfig, argv, default=default)
         for kind in ("model", "noise"):
@@ -134,6 +146,7 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
                         "leave the flag out"
                     )
     else:
+        source = None
         config = parse_args(TrainConfig, argv, default=default)
     run_dir = config.output_dir / config.run_name
     if config.dry_run:
@@ -144,19 +157,22 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
                 f"{run_dir}: holds a run already; go on with --resume auto, "
                 "or choose another --run_name"
             )
-        return config, None
-    source = run_dir if config.resume == "auto" else Path(config.resume)
-    path = source if source.is_file() else latest_whole_checkpoint(source)
-    if path is None:
-        raise UserError(f"--resume {config.resume}: no checkpoint in {source / 'checkpoints'}")
+        return config, source
+    given = run_dir if config.resume == "auto" else Path(config.resume)
+    if given.is_file():
+        source = Source(given, load_checkpoint(given))
+    else:
+        source = latest_whole_checkpoint(given)
+    if source is None:
+        raise UserError(f"--resume {config.resume}: no checkpoint in {given / 'checkpoints'}")
+    path, checkpoint = source
     if path.absolute().parent.name != "checkpoints":
         raise UserError(f"--resume {config.resume}: must lie in a run's folder, in checkpoints/")
     run_dir = path.absolute().parents[1]  # go on where the checkpoint lies
-    if source.is_file() and path.absolute() != latest_checkpoint(run_dir):
+    if given.is_file() and path.absolute() != latest_checkpoint(run_dir):
         raise UserError(
             f"--resume {config.resume}: {run_dir} holds later checkpoints; move them away first"
         )
-    checkpoint = load_checkpoint(path)
     if not checkpoint.training:
         raise UserError(
             f"--resume {config.resume}: {path} comes from src/export.py, without the optimiser's "
@@ -170,7 +186,7 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Path | None]:
                 f"--{name} {getattr(config, name)}: {path} was trained with "
                 f"{getattr(stored, name)}; leave the flag out or start another --run_name"
             )
-    return replace(config, output_dir=run_dir.parent, run_name=run_dir.name), path
+    return replace(config, output_dir=run_dir.parent, run_name=run_dir.name), source
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -188,7 +204,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return next(reversed(checkpoints(run_dir)), None)
 
 
-def latest_whole_checkpoint(run_dir: Path) -> Path | None:
+def latest_whole_checkpoint(run_dir: Path) -> Source | None:
     """The latest one that can be read; says which damaged ones it passes over.
 
     Raises:
@@ -197,8 +213,7 @@ def latest_whole_checkpoint(run_dir: Path) -> Path | None:
     error = None
     for path in reversed(checkpoints(run_dir)):
         try:
-            load_checkpoint(path)
-            return path
+            return Source(path, load_checkpoint(path))
         except DamagedFileError as caught:
             error = error or caught
             print(f"warning: {caught}; looking for an earlier one", file=sys.stderr)
@@ -295,18 +310,31 @@ def no_sync(parallel: nn.Module) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def start_from(state: TrainState, config: TrainConfig, objects: dict[str, int]) -> None:
+def start_from(state: TrainState, source: Source, objects: dict[str, int]) -> None:
     """Take over the averaged weights of --init_from; everything else starts afresh.
 
     Raises:
         UserError: it was trained for other objects.
     """
-    path = config.init_from
-    checkpoint = load_checkpoint(path)
+    path, checkpoint = source
     if checkpoint.objects != objects:
         raise UserError(f"--init_from {path}: was trained for other objects, or another order")
     for model in filter(None, (state.model, state.ema)):
         load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
+
+
+def check_shares(config: TrainConfig, batch_size: int) -> None:
+    """Every process must have a picture for each part of its share.
+
+    Raises:
+        UserError: there are more parts than pictures in a batch.
+    """
+    parts = config.gradient_accumulation_steps
+    if batch_size < processes.world_size() * parts:
+        raise UserError(
+            f"--batch_size {batch_size}: fewer pictures than {processes.world_size()} process(es) "
+            f"times --gradient_accumulation_steps {parts}"
+        )
 
 
 def check_compiler(device: torch.device) -> None:
@@ -474,7 +502,8 @@ class StopSignal:
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
     """Train; returns the path of the last checkpoint."""
-    config, resumed_from = read_config(argv)
+    config, source = read_config(argv)
+    resumed_from = source.path if source and config.resume else None
     if config.dry_run:
         print(summary(config.model))
         return None
@@ -493,6 +522,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     judge = load_evaluator(paths.evaluator, objects, device) if paths.evaluator else None
     if config.compile:
         check_compiler(device)
+    check_shares(config, config.batch_size)
     run_dir = config.output_dir / config.run_name
     make_folder(run_dir)  # all that is quick to find out is known: now the pictures
     loader = get_dataloader(
@@ -501,15 +531,11 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
     )  # fmt: skip
     steps_per_epoch, batch_size = len(loader), loader.batch_sampler.batch_size
-    if batch_size < processes.world_size() * config.gradient_accumulation_steps:
-        raise UserError(
-            f"--batch_size {batch_size}: fewer pictures than {processes.world_size()} process(es) "
-            f"times --gradient_accumulation_steps {config.gradient_accumulation_steps}"
-        )
+    check_shares(config, batch_size)
     total_steps = min(config.epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
     state = build_state(config, total_steps, device)
     if resumed_from:
-        checkpoint = load_checkpoint(resumed_from, device)
+        checkpoint = source.checkpoint
         if (checkpoint.objects, checkpoint.training.get("data")) != (
             objects,
             data_key(loader.dataset),
@@ -525,7 +551,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 f"{resumed_from}: all {state.step} steps are done; raise {limit} to go on"
             )
     elif config.init_from:
-        start_from(state, config, objects)
+        start_from(state, source, objects)
+        print(f"start: weights of {config.init_from}, recipe {config.recipe} for the training")
     if config.compile:
         state.model.compile()  # in place: names of weights stay as they are
     preview = Preview(config, paths, objects, judge)
@@ -606,10 +633,11 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     saved, saved_step = resumed_from, state.step
     losses: list[Tensor] = []
     if resumed_from:
-        losses = list(checkpoint.training.get("losses", []))
+        losses = [loss.to(device) for loss in checkpoint.training.get("losses", [])]
         if not processes.is_main():  # the parts of all processes add up to these
             losses = [torch.zeros_like(loss) for loss in losses]
-        del checkpoint  # the device's memory is the training's
+        del checkpoint
+    source = None  # memory is the training's
     best_path = run_dir / "checkpoints" / "best.pth"
     best = load_checkpoint(best_path).training["best"] if best_path.exists() else -1.0
     since, timed_from = time.perf_counter(), state.step

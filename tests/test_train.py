@@ -132,6 +132,7 @@ def test_stopping_during_a_preview_loses_nothing(world, tmp_path):
         calls.append(1)
         if len(calls) == 1:
             os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the preview is cut short, not drawn to its end")
         return real(self, *args)
 
     argv = train_argv(world, tmp_path, "--epochs", 4)
@@ -507,12 +508,18 @@ def test_failing_tracker_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
     real_run.finish()
 
 
+def result_folder(output: Path, name: str) -> Path:
+    """The one folder of this name and a hash of all settings."""
+    (folder,) = (p for p in (output / "tiny").iterdir() if p.name.rsplit("-", 1)[0] == name)
+    return folder
+
+
 def test_testing_needs_only_the_checkpoint(trained, tmp_path):
     data, output, path = trained
     argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
             "--num_fd_samples", 6, "--wandb", "disabled"]  # fmt: skip
     report = test.main([str(a) for a in argv])
-    folder = tmp_path / "tiny" / "ddpm20-guidance3"
+    folder = result_folder(tmp_path, "ddpm20-guidance3")
     for split in ("test", "new_test"):
         assert {p.name for p in (folder / "images" / split).iterdir()} == {
             f"{i}.png" for i in range(4)
@@ -555,8 +562,52 @@ def test_several_seeds_give_mean_and_interval(trained, tmp_path):
     assert len(records) == 3
     # Other seeds lie beside them: nothing is lost.
     test.main([str(a) for a in [*argv, "--num_seeds", 1, "--seed", 1]])
-    folders = {path.name for path in (tmp_path / "tiny").iterdir() if path.is_dir()}
-    assert {"ddim5-guidance3-seeds0to2", "ddim5-guidance3-seed1"} <= folders
+    for name in ("ddim5-guidance3-seeds0to2", "ddim5-guidance3-seed1"):
+        assert (result_folder(tmp_path, name) / "accuracies.json").exists()
+
+
+def test_an_interrupted_test_goes_on(trained, tmp_path, monkeypatch):
+    """Draws are kept; the report is that of an uninterrupted test, and settings never mix."""
+    data, _, path = trained
+    argv = [str(a) for a in [
+        "--ckpt_path", path, "--data_dir", data, "--device", "cpu", "--scheduler", "ddim",
+        "--num_inference_steps", 5, "--num_seeds", 3, "--num_fd_samples", 4, "--wandb", "disabled",
+    ]]  # fmt: skip
+    whole = test.main([*argv, "--output_dir", str(tmp_path / "whole")])
+    real, drawn = test.draw_splits, []
+
+    def interrupted(bench, sampling, seed):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(seed)
+        return real(bench, sampling, seed)
+
+    monkeypatch.setattr(test, "draw_splits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        test.main([*argv, "--output_dir", str(tmp_path)])
+    folder = result_folder(tmp_path, "ddim5-guidance3-seeds0to2")
+    with open(folder / "draws.jsonl", "a") as file:
+        file.write('\n{"scale": 3.0, "se')  # a line cut short
+
+    def counted(bench, sampling, seed):
+        drawn.append(seed)
+        return real(bench, sampling, seed)
+
+    monkeypatch.setattr(test, "draw_splits", counted)
+    assert test.main([*argv, "--output_dir", str(tmp_path)]) == whole
+    assert drawn == [0, 1, 2]
+    pictures = sorted(p.relative_to(folder) for p in folder.rglob("*.png"))
+    other = result_folder(tmp_path / "whole", "ddim5-guidance3-seeds0to2")
+    assert pictures == sorted(p.relative_to(other) for p in other.rglob("*.png"))
+    # Another judge in a file of the same name: its draws are not taken for these.
+    (tmp_path / "j").mkdir()
+    judge = torch.load(data / "evaluator.pth", weights_only=True)
+    for name, value in (("a", 0.4), ("b", 0.6)):
+        (tmp_path / "j" / name).mkdir()
+        torch.save(judge | {"threshold": value}, tmp_path / "j" / name / "evaluator.pth")
+        test.main([*argv, "--output_dir", str(tmp_path), "--evaluator",
+                   str(tmp_path / "j" / name / "evaluator.pth")])  # fmt: skip
+    assert drawn == [0, 1, 2] * 3
 
 
 def test_features_of_the_training_pictures_are_computed_only_when_needed(trained, tmp_path):
@@ -565,7 +616,7 @@ def test_features_of_the_training_pictures_are_computed_only_when_needed(trained
             "--cache_dir", tmp_path / "cache", "--scheduler", "ddim", "--num_inference_steps", 5,
             "--wandb", "disabled"]  # fmt: skip
     test.main([str(a) for a in [*argv, "--num_fd_samples", 0]])
-    assert (tmp_path / "tiny" / "ddim5-guidance3" / "nearest.png").exists()
+    assert (result_folder(tmp_path, "ddim5-guidance3") / "nearest.png").exists()
     assert not [*(tmp_path / "cache").glob("features*")]
     test.main([str(a) for a in [*argv, "--num_fd_samples", 4]])
     assert len([*(tmp_path / "cache").glob("features*")]) == 1
@@ -585,7 +636,8 @@ def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, 
         more = ["--scheduler", scheduler, "--num_inference_steps", 20]
         report = test.main([str(a) for a in [*guided, *more]])
         assert report["judge"] == "trained on data, guided by the judge"
-        folder = tmp_path / "tiny" / f"{scheduler}20-guidance3-guided_by_the_judge20-seeds0to1"
+        name = f"{scheduler}20-guidance3-guided_by_the_judge20-seeds0to1"
+        folder = result_folder(tmp_path, name)
         assert "guided by the judge" in (folder / "figures.md").read_text()
     assert "guided by the judge" in (tmp_path / "tiny" / "accuracies.md").read_text()
 
@@ -593,12 +645,12 @@ def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, 
     assert report["judge"] == "trained on data, seed 1, guided by the judge trained on data"
     assert report["other_judge"]["judge"] == "trained on data, guided by the judge"
     assert set(report["other_judge"]["difference"]) == {"test", "new_test"}
-    assert (folder.parent / f"{folder.name}-judge_second".replace("ddim", "ddpm")).is_dir()
+    assert result_folder(tmp_path, f"{name}-judge_second".replace("ddim", "ddpm")).is_dir()
     # Another judge in the first one's place lies beside it, too.
     second = ["--scheduler", "ddim", "--num_inference_steps", 5, "--evaluator"]
     report = test.main([str(a) for a in [*argv, *second, tmp_path / "second.pth"]])
     assert report["judge"] == "trained on data, seed 1"
-    assert (folder.parent / "ddim5-guidance3-seeds0to1-evaluator_second").is_dir()
+    assert result_folder(tmp_path, "ddim5-guidance3-seeds0to1-evaluator_second").is_dir()
 
     # More of what it likes: the likelihood of the conditions, by the judge that guides.
     bench = test.open_bench(path, test.DataConfig(data_dir=data), "cpu")
@@ -627,6 +679,9 @@ def test_prompt_draws_one_scene(trained, tmp_path):
     argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
     picture = test.main([str(a) for a in [*argv, "--prompt", "red sphere, cyan cube"]])
     assert picture.name == "red-sphere_cyan-cube_seed0.png" and picture.exists()
+    more = ["--scheduler", "ddim", "--num_inference_steps", 5]
+    other = test.main([str(a) for a in [*argv, "--prompt", "red sphere, cyan cube", *more]])
+    assert other.name == picture.name and other != picture  # beside each other
     assert "unknown object 'red ball'" in error_of(test.main, [*argv, "--prompt", "red ball"])
 
 
