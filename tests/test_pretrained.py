@@ -32,8 +32,8 @@ def test_conditions_are_the_renderer_s():
 
 
 def test_it_draws_what_is_asked_for(conditions, capsys):
-    """Without --ckpt_path, and without any training picture at hand; half of what it reaches."""
-    flags = f"--data_dir {conditions} --output_dir {conditions} {demo.PRETRAINED_SAMPLING}"
+    """Without --ckpt_path, and without any training picture at hand; somewhat less than it reaches."""
+    flags = f"--data_dir {conditions} --output_dir {conditions} {demo.SAMPLING}"
     report = test.main([*flags.split(), "--wandb", "disabled", "--device", "cpu"])
     printed = capsys.readouterr()
     assert f"pretrained on the stand-in; {load_checkpoint(PRETRAINED).config.run_name}" in (
@@ -41,7 +41,7 @@ def test_it_draws_what_is_asked_for(conditions, capsys):
     )
     assert "no Frechet distance" in printed.err
     for split in ("test", "new_test"):
-        assert report["accuracy"][split]["mean"] > 0.4
+        assert report["accuracy"][split]["mean"] > 0.6
 
 
 def test_the_sweep_takes_it_too():
