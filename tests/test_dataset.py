@@ -129,6 +129,45 @@ def test_cache_is_reused_and_follows_the_sources(world, monkeypatch):
     assert len(list((world / ".cache").iterdir())) == 1  # the old one is gone
 
 
+def test_a_long_list_is_kept_as_it_was_read(world, monkeypatch):
+    """And read again when list, objects or folder change, or what was kept is damaged."""
+    plain = IclevrDataset(world, world / "iclevr", "train", 8)
+    monkeypatch.setattr(dataset, "CHECK_EACH", 11)
+    IclevrDataset(world, world / "iclevr", "train", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "read_train", None)  # reading it again would fail
+        kept = IclevrDataset(world, world / "iclevr", "train", 8)
+        assert kept.names == plain.names and torch.equal(kept.labels, plain.labels)
+        assert kept.labels.dtype == plain.labels.dtype and kept.cache == plain.cache
+        (world / "iclevr" / "one more").touch()
+        with pytest.raises(TypeError):
+            IclevrDataset(world, world / "iclevr", "train", 8)
+    for file in (world / ".cache").glob("8px-list-*"):
+        file.write_bytes(file.read_bytes()[:200])
+    again = IclevrDataset(world, world / "iclevr", "train", 8)
+    assert again.names == plain.names
+    entries = json.loads((world / "train.json").read_text())
+    entries[plain.names[0]] = ["gray cube", "red cube", "blue cube"]
+    (world / "train.json").write_text(json.dumps(entries))
+    assert IclevrDataset(world, world / "iclevr", "train", 8).labels[0].sum() == 3
+
+
+def test_links_out_of_the_folder_are_refused(world):
+    first, second = sorted((world / "iclevr").iterdir())[:2]
+    first.unlink()
+    first.symlink_to(second)  # within it: a picture like any other
+    IclevrDataset(world, world / "iclevr", "train", 8)
+    outside = second.rename(world / "outside.png")
+    second.symlink_to(outside)
+    with pytest.raises(UserError, match="a link that leads out of the folder"):
+        IclevrDataset(world, world / "iclevr", "train", 8)
+    # The folder itself may be a link.
+    second.unlink()
+    outside.rename(second)
+    (world / "elsewhere").symlink_to(world / "iclevr")
+    IclevrDataset(world, world / "elsewhere", "train", 8)
+
+
 def _build(folder):
     return IclevrDataset(folder, folder / "iclevr", "train", 64).images[:].sum()
 
