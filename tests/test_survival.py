@@ -1,0 +1,79 @@
+"""A real training process, killed at random moments and while it writes: nothing is lost."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from conftest import SMALL_NETWORK, SRC
+
+import train
+from checkpoint import load_checkpoint
+
+KILLS = ("while it writes", "at random", "SIGTERM", "while it writes", "at random")
+
+
+def flags_of(data: Path, output: Path) -> list[str]:
+    return [
+        "--data_dir", str(data), "--output_dir", str(output), "--run_name", "r", "--batch_size",
+        "4", "--device", "cpu", "--mixed_precision", "no", "--wandb", "disabled", "--dropout",
+        "0.1", "--log_interval", "4", "--sample_interval", "40", "--save_interval", "1",
+        "--epochs", "80", *SMALL_NETWORK,
+    ]  # fmt: skip
+
+
+def wait_for(condition, process: subprocess.Popen) -> bool:
+    """Whether it came true before the process ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
+    whole = load_checkpoint(train.main(flags_of(world, tmp_path / "whole")))
+    run_dir = tmp_path / "killed" / "r"
+    folder = run_dir / "checkpoints"
+    moments = random.Random(time.time_ns())  # other moments every time
+    steps, codes = [0], []
+    for how in KILLS:
+        argv = flags_of(world, tmp_path / "killed")
+        argv += ["--resume", "auto"] if train.latest_checkpoint(run_dir) else []
+        process = subprocess.Popen(
+            [sys.executable, str(SRC / "train.py"), *argv],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        before = set(folder.glob("model_epoch_*.pth"))
+        alive = wait_for(lambda b=before: set(folder.glob("model_epoch_*.pth")) - b, process)
+        if how == "while it writes":
+            alive = alive and wait_for(lambda: any(folder.glob(".tmp-*")), process)
+        else:
+            time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
+        error = process.communicate()[1]
+        codes.append(process.returncode)
+        if process.returncode == 0:  # it was faster: all is done
+            break
+        assert alive, error
+        assert process.returncode == (143 if how == "SIGTERM" else -signal.SIGKILL), error
+        steps.append(train.latest_whole_checkpoint(run_dir).checkpoint.step)
+        assert steps[-1] > steps[-2]  # every life gets further
+    assert len(codes) > 2, "it was never killed"
+    if codes[-1]:
+        train.main([*flags_of(world, tmp_path / "killed"), "--resume", "auto"])
+    end = load_checkpoint(train.latest_checkpoint(run_dir))
+    assert end.step == whole.step == 240
+    for ours, theirs in ((end.model, whole.model), (end.ema, whole.ema)):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = end.training["optimizer"]["state"], whole.training["optimizer"]["state"]
+    for number, state in theirs.items():
+        assert all(torch.equal(ours[number][key], value) for key, value in state.items())
+    logs = [(tmp_path / x / "r" / "metrics.jsonl").read_text().splitlines()
+            for x in ("killed", "whole")]  # fmt: skip
+    losses = [[line.split('"lr"')[0] for line in log if '"loss"' in line] for log in logs]
+    assert losses[0] == losses[1]
