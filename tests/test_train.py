@@ -599,14 +599,15 @@ def test_an_interrupted_test_goes_on(trained, tmp_path, monkeypatch):
     pictures = sorted(p.relative_to(folder) for p in folder.rglob("*.png"))
     other = result_folder(tmp_path / "whole", "ddim5-guidance3-seeds0to2")
     assert pictures == sorted(p.relative_to(other) for p in other.rglob("*.png"))
-    # Another judge in a file of the same name: its draws are not taken for these.
+    # Another judge in a file of the same name: its draws are not taken for these. (Without
+    # training pictures, whose features would tell the judges apart, too.)
     (tmp_path / "j").mkdir()
     judge = torch.load(data / "evaluator.pth", weights_only=True)
     for name, value in (("a", 0.4), ("b", 0.6)):
         (tmp_path / "j" / name).mkdir()
         torch.save(judge | {"threshold": value}, tmp_path / "j" / name / "evaluator.pth")
-        test.main([*argv, "--output_dir", str(tmp_path), "--evaluator",
-                   str(tmp_path / "j" / name / "evaluator.pth")])  # fmt: skip
+        test.main([*argv, "--output_dir", str(tmp_path), "--image_dir", str(tmp_path / "none"),
+                   "--evaluator", str(tmp_path / "j" / name / "evaluator.pth")])  # fmt: skip
     assert drawn == [0, 1, 2] * 3
 
 
