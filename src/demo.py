@@ -48,7 +48,7 @@ class DemoConfig(Settings):
     quick: bool = False
     """In miniature (under 2 minutes): shows that all stages work; the pictures are blobs."""
     pretrained: bool = False
-    """Train nothing: test the network in data/standin/, in 2 to 3 minutes."""
+    """Train nothing: test the network in data/standin/, in half a minute."""
     output_dir: Path = ROOT / "output"
     """Data, run and results go to folders in here."""
 
