@@ -224,6 +224,8 @@ def open_train(
     names, labels = read_train(data_dir, objects)
     path = load_images(image_dir, names, image_size, cache_dir)
     if len(names) > CHECK_EACH:
+        for old in cache_dir.glob(f"{image_size}px-list-*.npz"):
+            old.unlink(missing_ok=True)
         keep_list(kept, names, labels, path)
     return names, labels, path
 

@@ -232,7 +232,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
     """Random numbers of one step, from (seed, step) alone: a resumed run draws the same ones."""
     value = derive_seed(seed, 1, step)
     # Dropout in the network draws from the global generator, for other pictures in each process.
-    torch.manual_seed(value + processes.rank())
+    torch.manual_seed((value + processes.rank()) % 2**64)
     return torch.Generator(device).manual_seed(value)
 
 

@@ -146,6 +146,7 @@ def test_a_long_list_is_kept_as_it_was_read(world, monkeypatch):
         file.write_bytes(file.read_bytes()[:200])
     again = IclevrDataset(world, world / "iclevr", "train", 8)
     assert again.names == plain.names
+    assert len([*(world / ".cache").glob("8px-list-*")]) == 1  # older ones are gone
     entries = json.loads((world / "train.json").read_text())
     entries[plain.names[0]] = ["gray cube", "red cube", "blue cube"]
     (world / "train.json").write_text(json.dumps(entries))
