@@ -17,14 +17,19 @@ from diffusion import picture_seeds, sample
 from model import DiffusionModel
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[(1, 0.0), (2, -4.0)])
 def patched(request, trained, tmp_path):
-    """A checkpoint with patches of 1 and 2 pixels: path, model and its folder for diffusers."""
+    """A network on patches of 1 and 2 pixels, the second with a shifted schedule.
+
+    Path of its checkpoint, model, and its folder for diffusers.
+    """
     torch.manual_seed(0)
+    patch, shift = request.param
     checkpoint = load_checkpoint(trained[2])
-    config = replace(checkpoint.config.model, patch_size=request.param)
+    config = replace(checkpoint.config.model, patch_size=patch)
     weights = DiffusionModel(config).state_dict()
-    config = replace(checkpoint.config, model=config)
+    noise = replace(checkpoint.config.noise, log_snr_shift=shift)
+    config = replace(checkpoint.config, model=config, noise=noise)
     path = tmp_path / "model_epoch_1.pth"
     save_checkpoint(path, replace(checkpoint, config=config, model=weights, ema=weights))
     out = export.main(["--ckpt_path", str(path), "--out", str(tmp_path / "folder")])
