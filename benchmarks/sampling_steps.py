@@ -1,6 +1,7 @@
 """Accuracy, exact sets and Frechet distance against the cost of sampling.
 
-    python benchmarks/sampling_steps.py --ckpt_path output/demo/checkpoints/model_epoch_6.pth
+    python benchmarks/sampling_steps.py                      # the pretrained network
+    python benchmarks/sampling_steps.py --ckpt_path output/demo/checkpoints/model_epoch_8.pth
 
 Every sampler draws both test splits from the same noise; the cost is counted in evaluations of the
 network per picture (a guided step takes two). Also timed, in turns: one picture at a time with 100
@@ -30,6 +31,7 @@ from common import (
     spread,
 )
 
+from checkpoint import PRETRAINED
 from config import (
     ROOT,
     DataConfig,
@@ -59,13 +61,13 @@ SOLVERS = {"dpmpp": (20, 16, 12, 10, 8, 6), "unipc": (20, 16, 12, 10, 8, 6)}
 class StepsConfig(Settings):
     """Compare samplers by their number of network evaluations."""
 
-    ckpt_path: Path
+    ckpt_path: Path = PRETRAINED
     """Checkpoint of src/train.py, trained with timesteps that the samplers' steps divide."""
     num_seeds: PositiveInt = 4
     """Draws of both splits."""
     num_fd_samples: FdSamples = 512
     """Pictures of each sampler's Frechet distance (one draw); 0: none."""
-    guidance_scale: float = 5.0
+    guidance_scale: float = 3.0
     """Guidance scale of all samplers."""
     guidance_intervals: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.2, 1.0), (0.4, 1.0))
     """Intervals of t / T in which the solvers are guided; every other sampler is always."""

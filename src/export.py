@@ -46,7 +46,7 @@ from model import DiffusionModel, unet_arguments
 CARD = """# {name}
 
 A conditional diffusion model of i-CLEVR scenes: names of objects in, {size}x{size} picture out.
-{parameters:.1f} M parameters, {steps} optimiser steps, `{prediction}`-prediction, {average}
+{parameters:.1f} M parameters, {steps} optimiser steps, prediction type `{prediction}`, {average}
 weights.
 
 ```python

@@ -1,5 +1,7 @@
 """Weights & Biases, so that it never stands in the way of a run."""
 
+import atexit
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -107,6 +109,15 @@ class Tracker:
         """Say once that logging stops here; the work goes on."""
         self.run = None
         print(f"warning: wandb stopped ({_line(error)}); going on without it", file=sys.stderr)
+        # Runs before wandb's own, which would end the script with a traceback.
+        atexit.register(_close_quietly)
+
+
+def _close_quietly() -> None:
+    with contextlib.suppress(Exception):
+        import wandb
+
+        wandb.teardown()
 
 
 def _line(error: Exception) -> str:

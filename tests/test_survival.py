@@ -1,4 +1,7 @@
-"""A real training process, killed at random moments and while it writes: nothing is lost."""
+"""A real training process, killed at random moments and while it writes: nothing is lost.
+
+Nor is it when the process of Weights & Biases beside it is killed.
+"""
 
 import random
 import signal
@@ -7,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from conftest import SMALL_NETWORK, SRC
 
@@ -77,3 +81,24 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
             for x in ("killed", "whole")]  # fmt: skip
     losses = [[line.split('"lr"')[0] for line in log if '"loss"' in line] for log in logs]
     assert losses[0] == losses[1]
+
+
+def test_training_goes_on_when_the_service_of_wandb_is_killed(world, tmp_path):
+    argv = flags_of(world, tmp_path)
+    argv[argv.index("disabled")] = "offline"
+    process = subprocess.Popen(
+        [sys.executable, str(SRC / "train.py"), *argv],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path / "r" / "checkpoints"
+    assert wait_for(lambda: any(folder.glob("model_epoch_*.pth")), process)
+    services = [child for child in psutil.Process(process.pid).children(recursive=True)
+                if child.name().startswith("wandb")]  # fmt: skip
+    assert services
+    for service in services:
+        service.kill()
+    error = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, error
+    assert error.count("warning: wandb stopped") == 1
+    assert "Traceback" not in error
+    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 240
