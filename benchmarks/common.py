@@ -11,8 +11,8 @@ import torch
 import metrics
 from config import ModelConfig
 from dataset import SPLITS
-from guidance_scale import Draw
 from intervals import Interval, clip, mean_interval
+from scoring import Draw
 
 
 def model_flags(model: ModelConfig) -> str:

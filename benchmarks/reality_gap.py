@@ -9,6 +9,7 @@ writes benchmarks/reality_gap.json.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,12 +24,12 @@ from image_cache import read_image
 from metrics import record, summarise, table
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--conditions", type=Path, required=True)
     parser.add_argument("--evaluator", type=Path, nargs="+", default=[SHIPPED_EVALUATOR])
-    config = parser.parse_args()
+    config = parser.parse_args(argv)
     objects = read_objects(config.conditions)
     report = {}
     for path in config.evaluator:

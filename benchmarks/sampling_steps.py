@@ -47,11 +47,18 @@ from config import (
 )
 from diffusion import check_steps, make_scheduler, picture_seeds, sample
 from files import atomic_write, make_folder, read_json, write_json
-from guidance_scale import Draw, sweep_key
 from intervals import Interval, frechet_interval
 from metrics import record
 from realism import frechet_floor
-from scoring import Bench, draw_frechet, draw_splits, open_bench, with_reference
+from scoring import (
+    Bench,
+    Draw,
+    draw_frechet,
+    draw_splits,
+    open_bench,
+    settings_key,
+    with_reference,
+)
 
 LONG = {"ddpm": (500, 100), "ddim": (500, 100, 50, 20, 10)}
 SOLVERS = {"dpmpp": (20, 16, 12, 10, 8, 6), "unipc": (20, 16, 12, 10, 8, 6)}
@@ -215,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     sampling = SamplingConfig(
         guidance_scale=config.guidance_scale, mixed_precision=config.mixed_precision
     )
-    key = sweep_key(config.ckpt_path, config.num_fd_samples, bench, sampling)
+    key = settings_key(config.ckpt_path, config.num_fd_samples, bench, sampling)
     folder = config.output_dir / f"{bench.run_name}-guidance{config.guidance_scale:g}-{key}"
     make_folder(folder)
     chosen = samplers(config, bench)

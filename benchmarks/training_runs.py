@@ -21,9 +21,8 @@ from dataset import find_data, read_objects, read_train
 from device import pick_device
 from evaluator import git_blob_hash, require_evaluator
 from files import read_json, write_json
-from guidance_scale import Draw
 from metrics import record
-from scoring import draw_splits, open_bench
+from scoring import Draw, draw_splits, open_bench
 from train import latest_whole_checkpoint
 
 PROBED_STEPS = 100

@@ -1,8 +1,10 @@
 """What the benchmarks' figures hang on: flags, time, and the scripts that train at toy size."""
 
+import importlib
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,22 @@ from conftest import SMALL_NETWORK, error_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import ablations
+import sampling_steps
 import time_to_accuracy
 import training_runs
 from common import model_flags
 
+from checkpoint import load_checkpoint, save_checkpoint
 from config import RECIPES, ModelConfig, TrainConfig, parse_args
+
+SCRIPTS = {path.stem for path in Path(ablations.__file__).parent.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS - {"common", "training_runs"}))
+def test_every_benchmark_starts(name):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main(["--help"])
+    assert ended.value.code == 0
 
 
 @pytest.mark.parametrize(
@@ -84,3 +97,31 @@ def test_a_failed_training_is_named_and_the_others_go_on(trained, tmp_path):
     with pytest.raises(training_runs.UserError, match=r"bad \(2\)$"):
         training_runs.train_all(runs, tmp_path, config)
     assert training_runs.latest_whole_checkpoint(tmp_path / "good")
+
+
+def test_samplers_are_compared_and_draws_kept(trained, tmp_path, monkeypatch):
+    data, _, path = trained
+    checkpoint = load_checkpoint(path)
+    noise = replace(checkpoint.config.noise, num_train_timesteps=100)
+    checkpoint = replace(checkpoint, config=replace(checkpoint.config, noise=noise))
+    save_checkpoint(tmp_path / "100.pth", checkpoint)
+    monkeypatch.setattr(sampling_steps, "LONG", {"ddpm": (20,), "ddim": (10, 7)})
+    monkeypatch.setattr(sampling_steps, "SOLVERS", {"dpmpp": (5,)})
+    argv = ["--ckpt_path", tmp_path / "100.pth", "--data_dir", data, "--output_dir", tmp_path,
+            "--device", "cpu", "--num_seeds", 2, "--num_fd_samples", 4, "--rounds", 1,
+            "--timed_pictures", 1]  # fmt: skip
+    report = sampling_steps.main([str(a) for a in argv])
+    # 7 steps do not divide 100; a guided step counts twice, in the interval only.
+    assert {name: row["evaluations"] for name, row in report["rows"].items()} == {
+        "ddpm 20": 40, "ddim 10": 20, "dpmpp 5": 10, "dpmpp 5, guided in 0.2-1": 9,
+        "dpmpp 5, guided in 0.4-1": 8,
+    }  # fmt: skip
+    for row in report["rows"].values():
+        assert 0 <= row["accuracy"]["mean"] <= 1 and row["frechet_distance"]["mean"] > 0
+    best = report["rows"][report["best_long"]]
+    assert best["accuracy_minus_best_long"]["mean"] == 0
+    assert report["ratio"]["median"] > 0
+    (picture,) = tmp_path.rglob("sampling_steps.png")
+    assert picture.parent.name.startswith("tiny-guidance3-")
+    monkeypatch.setattr(sampling_steps, "draw_splits", None)  # a second start draws nothing
+    assert sampling_steps.main([str(a) for a in argv])["rows"] == report["rows"]

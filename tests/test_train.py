@@ -25,7 +25,8 @@ from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import RECIPES, SamplingConfig, TrainConfig, UserError
 from diffusion import picture_seeds, sample
 from evaluator import build_evaluator, evaluate, load_evaluator
-from guidance_scale import Draw, indistinguishable, summarise_sweep, verdict
+from guidance_scale import indistinguishable, summarise_sweep, verdict
+from scoring import Draw
 from train import update_ema
 
 
