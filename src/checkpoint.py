@@ -67,9 +67,10 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """
     with atomic_write(path) as temporary:
         try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch's zip writer reports a full disk this way
-            raise OSError(str(error).splitlines()[0]) from error
+            with open(temporary, "wb") as file:  # given the path, torch wouldn't know the cause
+                torch.save(content, file)
+        except RuntimeError as error:  # torch's complaint about what the disk refused
+            raise error.__context__ or error from None
         whole = zipfile.is_zipfile(temporary)
         if not whole or damaged_part(temporary):
             raise OSError("what was written came out damaged; check the disk")

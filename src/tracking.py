@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,8 @@ class Tracker:
             mode = os.environ.get("WANDB_MODE", "")
         if mode == "disabled":
             return
+        # Of a full disk under wandb's own log, our one warning is enough.
+        logging.raiseExceptions = False
         try:
             import wandb
 
@@ -121,4 +124,5 @@ def _close_quietly() -> None:
 
 
 def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0][:160]

@@ -1,9 +1,10 @@
 """A real training process, killed at random moments and while it writes: nothing is lost.
 
-Nor is it when the process of Weights & Biases beside it is killed.
+Nor is it when the process of Weights & Biases beside it is killed, or when the disk is full.
 """
 
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from conftest import SMALL_NETWORK, SRC
 
@@ -101,4 +103,50 @@ def test_training_goes_on_when_the_service_of_wandb_is_killed(world, tmp_path):
     assert process.returncode == 0, error
     assert error.count("warning: wandb stopped") == 1
     assert "Traceback" not in error
+    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 240
+
+
+def train_on_a_small_disk(disk: Path, kib: int, argv: list[str]) -> subprocess.CompletedProcess:
+    """Run src/train.py while a disk of its own, of this size, lies at `disk`.
+
+    What it holds in the end is found in `disk` afterwards.
+    """
+    disk.mkdir(parents=True)
+    kept = disk.with_name("kept")
+    mount = f"mount -t tmpfs -o size={kib}k none {shlex.quote(str(disk))}"
+    try:
+        subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this system lets no user mount a disk")
+    command = shlex.join([sys.executable, str(SRC / "train.py"), *argv])
+    keep = f"cp -r {shlex.quote(str(disk))} {shlex.quote(str(kept))}"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{mount} && {command}; code=$?; {keep}; exit $code"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    disk.rmdir()
+    kept.rename(disk)
+    return done
+
+
+def test_a_full_disk_stops_training_with_the_last_checkpoint_whole(world, tmp_path, trained):
+    room_for_one = trained[2].stat().st_size * 3 // 2 // 1024
+    done = train_on_a_small_disk(tmp_path / "disk", room_for_one,
+                                 flags_of(world, tmp_path / "disk"))  # fmt: skip
+    folder = tmp_path / "disk" / "r" / "checkpoints"
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert error.startswith(f"error: {folder / 'model_epoch_2.pth'}: can't be written: No space")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["model_epoch_1.pth"]
+    assert load_checkpoint(folder / "model_epoch_1.pth").step == 3
+
+
+def test_training_goes_on_when_the_disk_of_wandbs_files_is_full(world, tmp_path):
+    argv = flags_of(world, tmp_path)
+    argv[argv.index("disabled")] = "offline"
+    done = train_on_a_small_disk(tmp_path / "r" / "wandb", 40, argv)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: wandb stopped (No space left on device)") == 1
+    assert "Traceback" not in done.stderr
     assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 240

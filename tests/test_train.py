@@ -187,14 +187,15 @@ def test_a_checkpoint_that_comes_out_damaged_leaves_the_old_one(trained, tmp_pat
     save_checkpoint(path, checkpoint)
     real = torch.save
 
-    def cut_short(target):
-        target.write_bytes(target.read_bytes()[:-100])
+    def cut_short(path):
+        path.write_bytes(path.read_bytes()[:-100])
 
     for harm in (damage_middle, cut_short):
 
-        def failing_disk(content, target, harm=harm):
-            real(content, target)
-            harm(target)
+        def failing_disk(content, file, harm=harm):
+            real(content, file)
+            file.flush()
+            harm(Path(file.name))
 
         monkeypatch.setattr(torch, "save", failing_disk)
         with pytest.raises(UserError, match="came out damaged; check the disk"):
