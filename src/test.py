@@ -133,6 +133,15 @@ def draw_seed(bench: Bench, config: TestConfig, seed: int, folder: Path) -> Draw
     return draw
 
 
+def has_pictures(bench: Bench, folder: Path) -> bool:
+    """Whether every picture of the first seed is there."""
+    return all(
+        (folder / "images" / split / f"{i}.png").exists()
+        for split in SPLITS
+        for i in range(len(bench.labels[split]))
+    )
+
+
 def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     """Draw the scene of --prompt and say what the judge sees in it."""
     names = parse_prompt(config.prompt, bench.checkpoint.objects)
@@ -181,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
 
     seeds = range(config.seed, config.seed + config.num_seeds)
     scale = sampling.guidance_scale
+    if not processes.from_main(has_pictures(bench, folder)):
+        draws.pop((scale, config.seed), None)  # someone has deleted them: draw them again
     if there := sum((scale, seed) in draws for seed in seeds):
         print(f"{there} of {config.num_seeds} draws are there already: {folder}")
     for seed in seeds:
