@@ -222,6 +222,18 @@ def test_resumes_after_sigkill(tmp_path: Path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def test_a_picture_is_whole_or_absent(tmp_path: Path, monkeypatch):
+    def stopped_half_way(self, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", stopped_half_way)
+    config = render_iclevr.RenderConfig(out_dir=tmp_path, width=24, height=18, samples=1)
+    with pytest.raises(KeyboardInterrupt):
+        render_iclevr._work((config, 0, [0]))
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_ctrl_c_stops_with_one_line(tmp_path: Path):
     process = start(tmp_path, 400)
     wait_for_pictures(tmp_path, process, 3)
