@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import numpy as np
-from common import interval_or_none
 from training_runs import minutes_trained, plan_runs, score_all, train_all
 
 from config import (
@@ -31,7 +30,7 @@ from config import (
     run,
 )
 from files import atomic_write, make_folder, read_json
-from intervals import Interval
+from intervals import Interval, mean_interval
 from train import latest_checkpoint
 
 BASE = "small"
@@ -132,7 +131,7 @@ def summary(report: dict) -> str:
             f"{row['minutes']:.1f}",
             f"{row['pictures']:,}",
             str(Interval(**row["accuracy"])),
-            "-" if name == BASE else str(interval_or_none(paired)),
+            "-" if name == BASE else str(mean_interval(paired)),
             str(Interval(**row["exact_sets"])),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -11,7 +11,6 @@ import torch
 import metrics
 from config import ModelConfig
 from dataset import SPLITS
-from intervals import Interval, clip, mean_interval
 from scoring import Draw
 
 
@@ -28,26 +27,13 @@ def model_flags(model: ModelConfig) -> str:
 
 def shares(draws: Sequence[Draw], figure: str) -> np.ndarray:
     """(draws,): mean of both splits, of accuracy or exact sets."""
-    key = {"accuracy": "correct", "exact_sets": "exact"}[figure]
+    key = metrics.SHARES[figure]
     values = []
     for draw in draws:
         whole = {s: sum(r["total"]) if key == "correct" else len(r[key])
                  for s, r in draw.records.items()}  # fmt: skip
         values.append(np.mean([sum(draw.records[s][key]) / whole[s] for s in SPLITS]))
     return np.array(values)
-
-
-def share_interval(values: np.ndarray) -> Interval:
-    """Student's t over draws, within [0, 1]; no interval where nothing varies."""
-    interval = interval_or_none(values)
-    return interval if interval.low is None else clip(interval)
-
-
-def interval_or_none(values: np.ndarray) -> Interval:
-    """Student's t over values; no interval where nothing varies."""
-    if len(set(values.tolist())) == 1:
-        return Interval(float(values[0]), None, None)
-    return mean_interval(values)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

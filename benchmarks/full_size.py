@@ -10,7 +10,6 @@ memory), then the training with the faster of both, with its previews' accuracy 
 test splits. Writes table, chart and JSON to output/benchmarks/full_size/; a second start goes on.
 """
 
-import math
 import shlex
 import statistics
 import sys
@@ -42,6 +41,7 @@ from config import (
     to_dict,
 )
 from device import autocast_dtype, pick_device
+from figures import save_figure
 from files import atomic_write, make_folder, read_json, write_json
 from intervals import Interval
 from model import stages
@@ -91,9 +91,7 @@ def draw_chart(points: list[dict], title: str, path: Path) -> None:
     axes.set(title=title, ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -172,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if epochs:
         flags = f"{common} --epochs {epochs}" + (" --compile" if faster == "compiled" else "")
         flags += " --sample_interval 1" if config.toy else ""
-        steps = epochs * math.ceil(pictures / recipe.batch_size)
+        steps = epochs * (pictures // recipe.batch_size)
         train_all({"run": Run(flags, steps)}, config.output_dir, config.data)
         run_dir = config.output_dir / "run"
         points = [r for r in records(run_dir) if "preview_accuracy" in r]

@@ -22,10 +22,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from common import (
     interleave,
-    interval_or_none,
     machine,
     ratios,
-    share_interval,
     shares,
     show,
     spread,
@@ -46,8 +44,9 @@ from config import (
     to_dict,
 )
 from diffusion import check_steps, make_scheduler, picture_seeds, sample
+from figures import save_figure
 from files import atomic_write, make_folder, read_json, write_json
-from intervals import Interval, frechet_interval
+from intervals import Interval, mean_interval
 from metrics import record
 from realism import frechet_floor
 from scoring import (
@@ -135,12 +134,12 @@ def summarise(names: Sequence[str], draws: dict[str, list[Draw]]) -> dict[str, d
         row: dict = {}
         for figure in ("accuracy", "exact_sets"):
             values = shares(draws[name], figure)
-            row[figure] = vars(share_interval(values))
+            row[figure] = vars(mean_interval(values, 0, 1))
             difference = values - shares(draws[best], figure)
-            row[f"{figure}_minus_best_long"] = vars(interval_or_none(difference))
+            row[f"{figure}_minus_best_long"] = vars(mean_interval(difference))
         distances = [draw.frechet for draw in draws[name] if draw.frechet is not None]
         if distances:
-            row["frechet_distance"] = vars(frechet_interval(distances))
+            row["frechet_distance"] = vars(mean_interval(distances, lowest=0))
         rows[name] = row
     return {"best_long": best, "rows": rows}
 
@@ -179,9 +178,7 @@ def draw_chart(report: dict, path: Path) -> None:
     panels[0, 0].legend(fontsize=8)
     panels[0, 0].set(title=report["title"])
     panels[-1, 0].set(xlabel="evaluations of the network for one picture")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def one_at_a_time(sampling: SamplingConfig) -> SamplingConfig:
@@ -222,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     sampling = SamplingConfig(
         guidance_scale=config.guidance_scale, mixed_precision=config.mixed_precision
     )
-    key = settings_key(config.ckpt_path, config.num_fd_samples, bench, sampling)
+    key = settings_key(config.num_fd_samples, bench, sampling)
     folder = config.output_dir / f"{bench.run_name}-guidance{config.guidance_scale:g}-{key}"
     make_folder(folder)
     chosen = samplers(config, bench)
@@ -258,12 +255,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
                    key=lambda n: report["rows"][n]["evaluations"])  # fmt: skip
     seconds = timing(config, bench, chosen[cheapest])
     original, fast = seconds.values()
-    device = next(bench.model.parameters()).device
     report |= {
         "title": f"{bench.run_name}, guidance {config.guidance_scale:g}, judge: {bench.judge.name}",
         "checkpoint": str(config.ckpt_path),
         "judge": bench.judge.name,
-        "machine": machine(device),
+        "machine": machine(bench.device),
         "seeds": config.num_seeds,
         "num_fd_samples": config.num_fd_samples,
         "cheapest_as_good": cheapest if equal else None,

@@ -32,6 +32,7 @@ from config import (
     parse_args,
     run,
 )
+from figures import save_figure
 from files import atomic_write, make_folder
 from intervals import Interval
 from train import checkpoints
@@ -134,9 +135,7 @@ def draw_chart(report: dict, path: Path) -> None:
     axes.set(xlabel="minutes of training", ylabel="accuracy, mean of both splits\n(95% interval)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

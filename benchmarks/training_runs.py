@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from common import machine, share_interval, shares
+from common import machine, shares
 
 from config import RECIPES, ROOT, DataConfig, SamplingConfig, UserError, to_dict
 from dataset import find_data, read_objects, read_train
 from device import pick_device
 from evaluator import git_blob_hash, require_evaluator
 from files import read_json, write_json
+from intervals import mean_interval
 from metrics import record
 from scoring import Draw, draw_splits, open_bench
 from train import latest_whole_checkpoint
@@ -218,7 +219,7 @@ def score_all(
             draws.append(Draw({split: record(result) for split, (_, result) in splits.items()}))
         values = {figure: shares(draws, figure) for figure in ("accuracy", "exact_sets")}
         report["points"][name] = (
-            {figure: vars(share_interval(of_seeds)) for figure, of_seeds in values.items()}
+            {figure: vars(mean_interval(of_seeds, 0, 1)) for figure, of_seeds in values.items()}
             | {"draws": {figure: of_seeds.tolist() for figure, of_seeds in values.items()}}
             | {"step": bench.checkpoint.step}
             | describe(name, bench.checkpoint.step)

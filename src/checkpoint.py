@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from config import ROOT, TrainConfig, UserError, from_dict, to_dict
+from dataset import check_objects
 from files import atomic_write
 from model import DiffusionModel
 
@@ -44,17 +45,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: the disk is full or the folder can't be written to.
     """
-    content = {
-        "format": FORMAT,
-        "config": to_dict(checkpoint.config),
-        "objects": checkpoint.objects,
-        "model": checkpoint.model,
-        "ema": checkpoint.ema,
-        "epoch": checkpoint.epoch,
-        "step": checkpoint.step,
-        "training": checkpoint.training,
-    }
-    save_tensors(path, content)
+    config = to_dict(checkpoint.config)
+    save_tensors(path, {"format": FORMAT} | vars(checkpoint) | {"config": config})
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -94,12 +86,17 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     content = read_tensors(path, remedy, device)
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r}; {remedy}")
-    missing = {"config", "objects", "model", "ema", "epoch", "step", "training"} - content.keys()
-    if missing:
+    names = {field.name for field in fields(Checkpoint)}
+    if missing := names - content.keys():
         raise UserError(f"{path}: has no {', '.join(sorted(missing))}; {remedy}")
+    content = {name: content[name] for name in names}
+    for name, kinds in (("model", dict), ("ema", dict | None), ("training", dict),
+                        ("epoch", int), ("step", int)):  # fmt: skip
+        if not isinstance(content[name], kinds):
+            raise UserError(f"{path}: {name} is a {type(content[name]).__name__}; {remedy}")
     config = from_dict(TrainConfig, content["config"], source=str(path))
-    return Checkpoint(config, *(content[key] for key in
-                      ("objects", "model", "ema", "epoch", "step", "training")))  # fmt: skip
+    objects = check_objects(content["objects"], path)
+    return Checkpoint(**content | {"config": config, "objects": objects})
 
 
 def load_model(checkpoint: Checkpoint, path: Path, device: torch.device) -> DiffusionModel:
@@ -108,19 +105,26 @@ def load_model(checkpoint: Checkpoint, path: Path, device: torch.device) -> Diff
     Raises:
         UserError: the weights are not those of the settings in the checkpoint.
     """
-    model = DiffusionModel(checkpoint.config.model)
-    load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
-    return model.to(device, memory_format=torch.channels_last).eval()
+    with torch.device("meta"):  # settings alone, however large, take no memory
+        model = DiffusionModel(checkpoint.config.model)
+    weights = checkpoint.ema or checkpoint.model
+    load_weights(model, weights, path, "its settings", assign=True)
+    return model.float().to(device, memory_format=torch.channels_last).eval()
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, what: str) -> None:
+def load_weights(
+    model: nn.Module, weights: dict[str, torch.Tensor], path: Path, what: str, assign: bool = False
+) -> None:
     """Load the state dict of `what`, every name and shape as expected.
+
+    Args:
+        assign: take the tensors themselves, for a network on the meta device.
 
     Raises:
         UserError: anything missing, left over or of another shape.
     """
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=assign)
     except (RuntimeError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: its weights are not those of {what} ({why})") from None

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 """Folder of the repository: default paths hang on it, so that commands work from any folder."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Channels = Annotated[int, Field(ge=1, le=2**14)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -48,7 +49,7 @@ def _in_order(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
-Interval = Annotated[tuple[Probability, Probability], AfterValidator(_in_order)]
+GuidanceInterval = Annotated[tuple[Probability, Probability], AfterValidator(_in_order)]
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -80,7 +81,7 @@ class ModelConfig(Settings):
     patch_size: Annotated[int, Field(ge=1, le=64)] = 1
     """The U-Net sees patches of this side as one position of more channels: less work at full
     resolution (Luhman & Luhman 2022); 1: single pixels, diffusers' network."""
-    block_out_channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (
+    block_out_channels: Annotated[tuple[Channels, ...], Field(min_length=1, max_length=16)] = (
         128, 128, 256, 256, 512, 512,
     )  # fmt: skip
     """Channels of each resolution, from fine to coarse."""
@@ -93,7 +94,7 @@ class ModelConfig(Settings):
         "UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D",
     )  # fmt: skip
     """Kind of block at each resolution on the way up, from coarse to fine."""
-    layers_per_block: PositiveInt = 2
+    layers_per_block: Annotated[int, Field(ge=1, le=100)] = 2
     """ResBlocks of a down block (an up block has one more)."""
     attention_head_dim: PositiveInt = 8
     """Channels of one attention head."""
@@ -107,7 +108,7 @@ class ModelConfig(Settings):
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     """How time and condition enter a ResBlock: added, or as scale and shift of its second
     GroupNorm (Dhariwal & Nichol 2021, section 4.2)."""
-    num_classes: PositiveInt = 24
+    num_classes: Annotated[int, Field(ge=1, le=10**5)] = 24
     """Length of the multi-hot condition."""
 
 
@@ -117,7 +118,7 @@ class SchedulerConfig(Settings):
 
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
     """Name of the beta schedule (Nichol & Dhariwal 2021: squaredcos_cap_v2)."""
-    num_train_timesteps: Annotated[int, Field(ge=2)] = 500
+    num_train_timesteps: Annotated[int, Field(ge=2, le=10**5)] = 500
     """Diffusion steps T."""
     log_snr_shift: Annotated[float, Field(ge=-20, le=20)] = 0.0
     """Added to log SNR at every timestep (Hoogeboom et al. 2023, section 3.1): below 0 gives more
@@ -129,7 +130,7 @@ class SchedulerConfig(Settings):
     shift_factor: float = 0.0
     """The network sees (x - shift_factor) * scaling_factor, with x in [-1, 1]."""
     scaling_factor: PositiveFloat = 1.0
-    """8 gives i-CLEVR's pale pictures unit variance, for which noise schedules are made."""
+    """8 gives i-CLEVR's pale pictures about unit variance, for which noise schedules are made."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class SamplerConfig(Settings):
     """Denoising steps (default: all trained timesteps for ddpm, 50 for ddim, 12 for solvers)."""
     eta: Probability = 0.0
     """Noise of a ddim step: 0 is deterministic, 1 as much as ddpm."""
-    guidance_interval: Interval = (0.0, 1.0)
+    guidance_interval: GuidanceInterval = (0.0, 1.0)
     """Guide only where t / T lies in here, the rest is plain conditional and costs half
     (Kynkaanniemi et al. 2024)."""
     batch_size: PositiveInt = 64
@@ -219,7 +220,7 @@ class TrainConfig(Settings):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients with a larger L2 norm are scaled down to it."""
     max_skipped_steps: PositiveInt = 50
-    """A step with NaN or infinite gradients changes nothing and is counted; after so many in a
+    """A step with NaN or infinite gradients changes no weight and is counted; after so many in a
     row training stops."""
     cfg_dropout_prob: Probability = 0.1
     """Chance that a picture's condition is dropped, for classifier-free guidance."""

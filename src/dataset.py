@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import signal
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,10 +85,16 @@ def read_objects(data_dir: Path) -> dict[str, int]:
         UserError: not a dict of names to distinct indices 0, 1, 2 ...
     """
     path = Path(data_dir) / "objects.json"
-    objects = read_json(path, HOW_TO_GET_DATA)
+    return check_objects(read_json(path, HOW_TO_GET_DATA), path)
+
+
+def check_objects(objects: Any, path: Path) -> dict[str, int]:
+    """What a file says are the objects, checked as `read_objects` says."""
     if not isinstance(objects, dict) or not objects:
         raise UserError(f"{path}: expected a dict of object name -> index, e.g. {{'red cube': 1}}")
     for name, index in objects.items():
+        if not isinstance(name, str) or any(c in name for c in "/\\,\0\n"):
+            raise UserError(f"{path}: {name!r} is no name of an object; use letters and spaces")
         if type(index) is not int:
             raise UserError(f"{path}: index of {name!r} is {index!r}, not an integer")
     if sorted(objects.values()) != list(range(len(objects))):
@@ -368,11 +375,20 @@ def get_dataloader(
     Arguments and errors as for `IclevrDataset` and `TrainSampler`.
     """
     dataset = IclevrDataset(data_dir, image_dir, mode, image_size, cache_dir)
-    options = dict(num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_is)
+    options = dict(
+        num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_is,
+        worker_init_fn=_leave_signals_to_the_parent,
+    )  # fmt: skip
     if mode == "train":
         sampler = TrainSampler(len(dataset), batch_size, seed, horizontal_flip)
         return DataLoader(dataset, batch_sampler=sampler, **options)
     return DataLoader(dataset, batch_size=batch_size, **options)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ctrl-C and SIGTERM reach a whole group; a loader without its workers could not go on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

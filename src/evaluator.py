@@ -1,6 +1,7 @@
 """The judge: the course's ResNet18, and the one `evaluate` that everything is scored by."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class Evaluator:
     path: Path
     objects: dict[str, int]
     threshold: float = 0.5
+    blob: str = ""
+    """git's hash of the file."""
 
     def _pooled(self, images: Tensor) -> Tensor:
         """(N, 3, 64, 64) -> (N, 512): all of ResNet18 but its last layer."""
@@ -55,9 +58,7 @@ class Evaluator:
     @torch.no_grad()
     def features(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """Pooled features (N, 512) on the CPU, what the last layer sees, of (N, 3, H, W)."""
-        device = next(self.model.parameters()).device
-        batches = (resize(batch.to(device), IMAGE_SIZE) for batch in images.split(batch_size))
-        return torch.cat([self._pooled(batch).float().cpu() for batch in batches])
+        return self._in_batches(self._pooled, images, batch_size)
 
     @torch.no_grad()
     def scores(self, images: Tensor, batch_size: int = 256) -> Tensor:
@@ -65,12 +66,12 @@ class Evaluator:
 
         Pictures of another size are resized to 64x64.
         """
+        return self._in_batches(self.model, images, batch_size)
+
+    def _in_batches(self, part: Callable, images: Tensor, batch_size: int) -> Tensor:
         device = next(self.model.parameters()).device
-        scores = []
-        for batch in images.split(batch_size):
-            batch = resize(batch.to(device), IMAGE_SIZE)
-            scores.append(self.model(batch).float().cpu())
-        return torch.cat(scores)
+        batches = (resize(batch.to(device), IMAGE_SIZE) for batch in images.split(batch_size))
+        return torch.cat([part(batch).float().cpu() for batch in batches])
 
     def log_likelihood(self, images: Tensor, labels: Tensor) -> Tensor:
         """log p(labels | images), (N,): every object scored by itself; with gradient.
@@ -96,6 +97,7 @@ def load_evaluator(
     """
     path = Path(path)
     content = read_tensors(path, HOW_TO_GET_EVALUATOR)
+    blob = git_blob_hash(path)
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: no evaluator: it has no entry 'model'; {HOW_TO_GET_EVALUATOR}")
     if content.get("objects", objects) != objects:
@@ -105,15 +107,12 @@ def load_evaluator(
         )
     model = build_evaluator(len(objects))
     load_weights(model, content["model"], path, f"a ResNet18 with {len(objects)} scores")
-    if git_blob_hash(path) == COURSE_BLOB:
-        name = "course"
-    else:
-        name = str(content.get("name", "unknown weights"))
+    name = "course" if blob == COURSE_BLOB else str(content.get("name", "unknown weights"))
     threshold = content.get("threshold", 0.5)
     if not isinstance(threshold, float) or not 0 < threshold < 1:
         raise UserError(f"{path}: threshold {threshold!r} is no number between 0 and 1")
     model = model.eval().requires_grad_(False).to(device)
-    return Evaluator(model, name, path, objects, threshold)
+    return Evaluator(model, name, path, objects, threshold, blob)
 
 
 def require_evaluator(

@@ -38,6 +38,7 @@ from config import (
     run,
     to_dict,
 )
+from dataset import check_objects
 from device import pick_device
 from diffusion import check_steps, make_scheduler
 from files import make_folder, read_json
@@ -64,7 +65,7 @@ def embed(labels):  # (N, {classes}) multi-hot; zeros: no condition
 
 objects = {objects}
 labels = torch.zeros(1, {classes})
-labels[0, objects["{first}"]] = 1
+labels[0, objects[{first}]] = 1
 scheduler.set_timesteps({sampling_steps})
 x = torch.randn(1, {channels}, {side}, {side})
 guidance_scale = 3.0
@@ -135,7 +136,7 @@ def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, steps=checkpoint.step,
         prediction=config.noise.prediction_type, classes=len(objects), objects=json.dumps(objects),
         sampling_steps=check_steps(config.noise, SamplingConfig(scheduler="ddim")),
-        average="averaged" if config.ema else "last", first=next(iter(objects)),
+        average="averaged" if config.ema else "last", first=json.dumps(next(iter(objects))),
         channels=unet.config.in_channels, patch=config.model.patch_size,
         scaling=config.noise.scaling_factor, shift=config.noise.shift_factor,
     )  # fmt: skip
@@ -185,9 +186,11 @@ def from_diffusers(folder: Path) -> Checkpoint:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / name}: can't be read ({error}); {remedy}") from None
         weights |= {f"{prefix}.{key}": value for key, value in tensors.items()}
-    load_weights(DiffusionModel(config.model), weights, folder, "its settings")
+    with torch.device("meta"):
+        load_weights(DiffusionModel(config.model), weights, folder, "its settings", assign=True)
+    objects = check_objects(settings["objects"], folder / "settings.json")
     return Checkpoint(
-        config, settings["objects"], weights, None, settings["epoch"],
+        config, objects, weights, None, settings["epoch"],
         settings["step"], training={},
     )  # fmt: skip
 

@@ -28,6 +28,13 @@ def save_image(image: Tensor | Image.Image, path: Path) -> None:
         image.save(temporary)
 
 
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a chart as PNG, atomically, and close it."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
 def grid(images: Tensor, columns: int = 8, side: int = 128) -> Image.Image:
     """(N, 3, H, W) in [-1, 1] -> rows of `columns` pictures, each `side` pixels wide."""
     return to_image(make_grid(resize(images, side), nrow=columns, padding=2, pad_value=1))
@@ -35,7 +42,7 @@ def grid(images: Tensor, columns: int = 8, side: int = 128) -> Image.Image:
 
 def strip(images: Tensor, side: int = 128) -> Image.Image:
     """(K, 3, H, W) in [-1, 1] -> one row, for the way from noise to picture."""
-    return grid(torch.as_tensor(images), columns=len(images), side=side)
+    return grid(images, columns=len(images), side=side)
 
 
 def pairs(images: Tensor, others: Tensor, columns: int = 8, side: int = 128) -> Image.Image:
@@ -62,6 +69,4 @@ def confusion_chart(shares: Tensor, names: Sequence[str], title: str, path: Path
                   color="white" if value > 0.5 else "black")  # fmt: skip
     axes.set(xlabel="found", ylabel="asked for", title=title)
     figure.colorbar(image, label="share of the row", shrink=0.7)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    save_figure(figure, path)

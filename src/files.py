@@ -3,10 +3,14 @@
 import contextlib
 import json
 import os
+import platform
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from config import UserError
 
@@ -54,6 +58,32 @@ def make_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{path}: can't be written to: {error.strerror}; name another") from None
+
+
+def remove_left_overs(folder: Path, older_than_s: float = 0) -> None:
+    """Delete temporary files of `atomic_write` in a folder, of writes that a kill has cut short."""
+    for path in Path(folder).glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older_than_s:
+                path.unlink()
+
+
+def lock_folder(folder: Path, remedy: str) -> FileLock:
+    """Keep other processes out of a folder, until the lock is released or this process ends.
+
+    Raises:
+        UserError: another one holds it; says which, and ends with `remedy`.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)  # the system lifts it, however a process ends
+    owner = folder / ".lock-owner"
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise UserError(f"{folder}: {who} works here; {remedy}") from None
+    with contextlib.suppress(OSError):
+        owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    return lock
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,34 +18,30 @@ from pydantic import Field
 from tqdm import tqdm
 
 import processes
-from checkpoint import PRETRAINED
 from config import (
-    ROOT,
-    DataConfig,
-    FdSamples,
     PositiveFloat,
     SamplerConfig,
     SamplingConfig,
-    Seed,
-    Settings,
     UserError,
-    WandbMode,
     parse_args,
     run,
     to_dict,
 )
 from dataset import SPLITS
 from diffusion import check_steps
+from figures import save_figure
 from files import atomic_write, make_folder, write_json
-from intervals import Interval, clip, frechet_interval, mean_interval
-from metrics import COUNTS, record, summarise
+from intervals import Interval, mean_interval
+from metrics import COUNTS, SHARES, record, summarise
 from realism import frechet_floor
 from scoring import (
+    BenchConfig,
     Draw,
     Draws,
     append_draw,
     draw_frechet,
     draw_splits,
+    fd_samples,
     open_bench,
     read_draws,
     settings_key,
@@ -54,17 +50,13 @@ from scoring import (
 from tracking import Tracker
 
 COLUMNS = (*SPLITS, "mean")
-CRITERIA = {"accuracy": "correct", "exact_sets": "exact"}
-"""Figures that are shares, and their name in a record; the third is the Frechet distance."""
 MAX_SCALES = 1000
 
 
 @dataclass(frozen=True)
-class SweepConfig(Settings):
+class SweepConfig(BenchConfig):
     """Accuracy over the guidance scale."""
 
-    ckpt_path: Path = PRETRAINED
-    """Checkpoint of src/train.py (default: the pretrained network, see data/README.md)."""
     scale_min: Annotated[float, Field(ge=-100, le=100)] = 1.0
     """First guidance scale."""
     scale_max: Annotated[float, Field(ge=-100, le=100)] = 10.0
@@ -73,22 +65,7 @@ class SweepConfig(Settings):
     """Distance between scales."""
     num_seeds: Annotated[int, Field(ge=1, le=1000)] = 4
     """Draws for each scale; every scale starts from the same noise."""
-    num_fd_samples: FdSamples = 2048
-    """Pictures drawn for each draw's Frechet distance to the training pictures; 0: none."""
-    judge: Path | None = None
-    """A second evaluator, which scores instead of --evaluator."""
-    seed: Seed = 0
-    """Seed of the first draw; the others follow."""
-    output_dir: Path = ROOT / "output" / "result"
-    """Results go to a folder in here, named after the run."""
-    device: str | None = None
-    """cuda, cpu ... (default: the best there is)."""
-    wandb: WandbMode = "auto"
-    """auto: online when logged in to Weights & Biases, else offline."""
-    wandb_project: str = "iclevr-ddpm"
-    """Project name at Weights & Biases."""
     sampling: SamplerConfig = field(default_factory=lambda: SamplerConfig(scheduler="ddim"))
-    data: DataConfig = field(default_factory=DataConfig)
 
 
 def guidance_scales(config: SweepConfig) -> list[float]:
@@ -117,7 +94,7 @@ def picture_shares(draws: Draws, scale: float, seeds: list[int], figure: str) ->
         records = draws[scale, seed].records
         shares = []
         for split in SPLITS:
-            values = np.array(records[split][CRITERIA[figure]], dtype=float)
+            values = np.array(records[split][SHARES[figure]], dtype=float)
             whole = sum(records[split]["total"]) if figure == "accuracy" else len(values)
             shares.append(values / whole)
         per_seed.append(np.concatenate(shares))
@@ -136,7 +113,9 @@ def indistinguishable(values: dict[float, np.ndarray], best: float) -> list[floa
     result = []
     for scale, these in values.items():
         difference = mean_interval(values[best] - these)
-        if scale != best and difference.low <= 0 <= difference.high:
+        low, high = difference.low, difference.high
+        alike = difference.mean == 0 if low is None else low <= 0 <= high
+        if scale != best and alike:
             result.append(scale)
     return result
 
@@ -155,18 +134,18 @@ def summarise_sweep(draws: Draws, scales: list[float], seeds: list[int]) -> dict
             row[split] = {name: vars(interval) for name, interval in figures.items()}
         row["mean"] = {}
     best = {}
-    for figure in CRITERIA:
+    for figure in SHARES:
         shares = {scale: picture_shares(draws, scale, seeds, figure) for scale in scales}
         for row in rows:
             values = shares[row["guidance_scale"]].reshape(len(seeds), -1)
-            interval = mean_interval(values.mean(axis=1) if len(seeds) > 1 else values[0])
-            row["mean"][figure] = vars(clip(interval))
+            interval = mean_interval(values.mean(axis=1) if len(seeds) > 1 else values[0], 0, 1)
+            row["mean"][figure] = vars(interval)
         top = max(scales, key=lambda scale: float(shares[scale].mean()))
         best[figure] = {"scale": top, "equals": indistinguishable(shares, top)}
     if all(draws[scale, seed].frechet is not None for scale in scales for seed in seeds):
         frechet = {s: np.array([draws[s, seed].frechet for seed in seeds]) for s in scales}
         for row in rows:
-            row["frechet_distance"] = vars(frechet_interval(frechet[row["guidance_scale"]]))
+            row["frechet_distance"] = vars(mean_interval(frechet[row["guidance_scale"]], lowest=0))
         top = min(scales, key=lambda scale: float(frechet[scale].mean()))
         best["frechet_distance"] = {"scale": top, "equals": indistinguishable(frechet, top)}
     return {"rows": rows, "best": best}
@@ -198,7 +177,7 @@ def cells(row: dict[str, Any]) -> dict[str, Interval]:
     """What the tables show of a row: column -> interval."""
     shown = {
         f"{column} {figure.replace('_', ' ')}": Interval(**row[column][figure])
-        for figure in CRITERIA
+        for figure in SHARES
         for column in COLUMNS
     }
     for name in COUNTS:
@@ -240,7 +219,7 @@ def draw_chart(summary: dict[str, Any], title: str, path: Path, floor: float | N
     for axes, (name, top) in zip(panels[:, 0], best.items(), strict=True):
         curves = (
             {column: [row[column][name] for row in rows] for column in COLUMNS}
-            if name in CRITERIA
+            if name in SHARES
             else {"all": [row[name] for row in rows]}
         )
         for (column, values), color in zip(
@@ -266,9 +245,7 @@ def draw_chart(summary: dict[str, Any], title: str, path: Path, floor: float | N
         axes.legend(fontsize=8)
     panels[0, 0].set(title=title)
     panels[-1, 0].set(xlabel="guidance scale")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -279,11 +256,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
     make_folder(config.output_dir)
+    config = replace(config, num_fd_samples=fd_samples(config, bench))
     if config.num_fd_samples:
         bench = with_reference(bench)
     sampling = SamplingConfig(**vars(replace(config.sampling, num_inference_steps=steps)))
     alike = replace(sampling, guidance_scale=0.0)  # of all scales of this sweep
-    key = settings_key(config.ckpt_path, config.num_fd_samples, bench, alike)
+    key = settings_key(config.num_fd_samples, bench, alike)
     name = f"{sampling.scheduler}{steps}-{key}"
     name += "-guided_by_the_judge" if sampling.classifier_guidance_scale else ""
     folder = config.output_dir / bench.run_name / "guidance_scale" / name
@@ -320,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     text = verdict(summary)
     report = {
         "checkpoint": str(config.ckpt_path),
+        "settings": key,
         "judge": bench.judge_name(sampling),
         "threshold": bench.judge.threshold,
         "num_fd_samples": config.num_fd_samples if bench.reference else 0,

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import UserError
-from files import atomic_write
+from files import atomic_write, remove_left_overs
 
 MAX_SIDE = 8192  # a 64 px training picture needs no more; guards against decompression bombs
 MODES = ("RGB", "RGBA", "L", "P")  # 8 bits a channel; CLEVR's own pictures are RGBA
@@ -63,15 +64,20 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
     folder = hashlib.sha256(str(image_dir.resolve()).encode()).hexdigest()[:8]
     path = cache_dir / f"{image_size}px-{folder}-{sources.hexdigest()[:16]}.npy"
     if path.exists():
-        return path
+        try:
+            np.load(path, mmap_mode="r")
+            return path
+        except (OSError, ValueError) as error:  # cut short, after it was written
+            print(f"warning: {path}: damaged ({error}); decoding again", file=sys.stderr)
 
+    remove_left_overs(cache_dir, older_than_s=24 * 3600)  # younger ones may be still in the making
     with atomic_write(path) as temporary:
-        if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash of the map
-            with open(temporary, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, len(names) * 3 * image_size**2)
         cache = np.lib.format.open_memmap(
             temporary, mode="w+", dtype=np.uint8, shape=(len(names), 3, image_size, image_size)
         )
+        if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash of the map
+            with open(temporary, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
         def decode(index: int) -> None:
             cache[index] = read_image(image_dir / names[index], image_size)

@@ -1,5 +1,6 @@
 """Figures with their spread: 95% intervals of proportions and of means."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ class Interval:
     mean: float
     low: float | None
     high: float | None
-    """None: a single draw of something whose spread can't be told from one."""
+    """None: the spread can't be told."""
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
@@ -28,33 +29,26 @@ def proportion_interval(successes: int, trials: int) -> Interval:
     return Interval(successes / trials, float(result.low), float(result.high))
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean of >= 2 independent draws with Student's t interval."""
+def mean_interval(
+    values: Sequence[float], lowest: float = -math.inf, highest: float = math.inf
+) -> Interval:
+    """Mean of independent draws of a number in [lowest, highest], with Student's t interval.
+
+    Without an interval where nothing varies, be it a single draw: t would claim certainty.
+    """
     values = np.asarray(values, dtype=float)
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     mean = float(values.mean())
-    return Interval(mean, mean - float(half), mean + float(half))
+    if len(set(values.tolist())) == 1:
+        return Interval(mean, None, None)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return Interval(mean, max(mean - half, lowest), min(mean + half, highest))
 
 
 def accuracy_interval(correct: Sequence[int], total: int) -> Interval:
-    """Accuracy over draws of `total` objects each, the interval within [0, 1].
+    """Accuracy over draws of `total` objects each.
 
-    Student's t over the draws; Wilson for one draw, and for draws that happen to be equal, where
-    t would claim certainty.
+    Student's t over the draws; Wilson for one draw, and for draws that happen to be equal.
     """
     if len(set(correct)) == 1:
         return proportion_interval(sum(correct), total * len(correct))
-    return clip(mean_interval([c / total for c in correct]))
-
-
-def clip(interval: Interval) -> Interval:
-    """The interval of a share, which can't leave [0, 1]."""
-    return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))
-
-
-def frechet_interval(distances: Sequence[float]) -> Interval:
-    """Student's t over draws, not below 0; of a single draw only the figure itself."""
-    if len(distances) == 1:
-        return Interval(distances[0], None, None)
-    interval = mean_interval(distances)
-    return Interval(interval.mean, max(interval.low, 0.0), interval.high)
+    return mean_interval([c / total for c in correct], 0, 1)

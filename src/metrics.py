@@ -12,8 +12,10 @@ from torch import Tensor
 from evaluator import Evaluation
 from intervals import Interval, accuracy_interval, mean_interval
 
+SHARES = {"accuracy": "correct", "exact_sets": "exact"}
+"""Figures that are shares, and their name in a record."""
 COUNTS = ("missing", "extra", "color_errors", "shape_errors")
-"""Figures per picture; the others, accuracy and exact sets, are shares."""
+"""Figures per picture."""
 
 Record = dict[str, list[int]]
 
@@ -49,21 +51,15 @@ def summarise(records: Sequence[Record]) -> dict[str, Interval]:
 
 
 def count_interval(counts: np.ndarray) -> Interval:
-    """Mean number per picture of counts (draws, pictures); no count is below 0.
+    """Mean number per picture of counts (draws, pictures).
 
     Student's t over the draws; over the pictures for one draw, and for draws that happen to be
-    equal; none where every count is the same.
+    equal.
     """
     per_draw = counts.mean(axis=1)
     if len(set(per_draw.tolist())) > 1:
-        return _not_negative(mean_interval(per_draw))
-    if len(set(counts.ravel().tolist())) == 1:  # nothing varies: no spread to tell from
-        return Interval(float(counts.mean()), None, None)
-    return _not_negative(mean_interval(counts.ravel()))
-
-
-def _not_negative(interval: Interval) -> Interval:
-    return Interval(interval.mean, max(interval.low, 0.0), interval.high)
+        return mean_interval(per_draw, lowest=0)
+    return mean_interval(counts.ravel(), lowest=0)
 
 
 def paired_difference(first: Sequence[Record], second: Sequence[Record], name: str) -> Interval:
@@ -72,14 +68,10 @@ def paired_difference(first: Sequence[Record], second: Sequence[Record], name: s
     Two judges that score the same draws: Student's t over all pictures, each weighted by its
     objects for accuracy.
     """
-    key = {"accuracy": "correct", "exact_sets": "exact"}[name]
+    key = SHARES[name]
     a, b = (np.array([r[key] for r in records], dtype=float) for records in (first, second))
     weight = np.array(first[0]["total"]).mean() if name == "accuracy" else 1.0
-    difference = (a - b).ravel() / weight
-    if len(set(difference.tolist())) == 1:  # the judges agree everywhere
-        return Interval(float(difference[0]), None, None)
-    interval = mean_interval(difference)
-    return Interval(interval.mean, max(interval.low, -1.0), min(interval.high, 1.0))
+    return mean_interval((a - b).ravel() / weight, -1, 1)
 
 
 def table(columns: dict[str, dict[str, Interval]]) -> str:

@@ -50,6 +50,15 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(groups, defaults)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for (
+            weight,
+            state,
+        ) in self.state.items():  # torch leaves counts on the CPU, as they were read
+            if "step" in state:
+                state["step"] = state["step"].to(weight.device)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         matrices, others = self.param_groups

@@ -25,7 +25,14 @@ from pydantic import Field
 from tqdm import tqdm
 
 from config import ROOT, PositiveInt, Seed, Settings, UserError, parse_args, run
-from files import atomic_write, read_json, write_json
+from files import (
+    atomic_write,
+    lock_folder,
+    make_folder,
+    read_json,
+    remove_left_overs,
+    write_json,
+)
 
 SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {  # linear RGB times 255: decoding them as sRGB comes out far too dark
@@ -405,22 +412,36 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _claim_folder(config: RenderConfig) -> None:
-    """Note the settings in the folder, or refuse if its pictures were made with others."""
+def _made_here(config: RenderConfig) -> dict[str, int] | None:
+    """The settings that the folder's pictures were made with; None: it holds none yet.
+
+    Raises:
+        UserError: they were made with others, or elsewhere.
+    """
     path = config.out_dir / "render.json"
-    settings = {name: getattr(config, name) for name in ("seed", "width", "height", "samples")}
     if not path.exists():
-        write_json(path, settings)
-        return
+        for name in ("train.json", "iclevr"):
+            if (config.out_dir / name).exists():
+                raise UserError(
+                    f"{config.out_dir}: holds {name}, which this script has not made; "
+                    "choose another --out_dir"
+                )
+        return None
     stored = read_json(path, "delete the folder or choose another --out_dir")
     if not isinstance(stored, dict):
         raise UserError(f"{path}: not a dict of settings; delete the folder or change --out_dir")
-    for name, value in settings.items():
+    for name, value in _settings(config).items():
         if stored.get(name) != value:
             raise UserError(
                 f"{path}: made with --{name} {stored.get(name)}, not {value}; "
                 f"use --{name} {stored.get(name)} or another --out_dir"
             )
+    return stored
+
+
+def _settings(config: RenderConfig) -> dict[str, int]:
+    """What the pictures follow from."""
+    return {name: getattr(config, name) for name in ("seed", "width", "height", "samples")}
 
 
 def _render_all(config: RenderConfig, jobs: list[tuple[RenderConfig, int, list[int]]]) -> None:
@@ -465,14 +486,22 @@ def _draw_sheet(config: RenderConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(RenderConfig, argv)
-    _claim_folder(config)
-    image_dir = config.out_dir / "iclevr"
+    _made_here(config)
+    make_folder(config.out_dir)
+    lock = lock_folder(config.out_dir, "wait for it or choose another --out_dir")
     try:
-        image_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{image_dir}: can't be made: {error.strerror}") from None
-    for left_over in [*config.out_dir.glob(".tmp-*"), *image_dir.glob(".tmp-*")]:  # of a kill
-        left_over.unlink(missing_ok=True)
+        _render(config)
+    finally:
+        lock.release()
+
+
+def _render(config: RenderConfig) -> None:
+    if _made_here(config) is None:
+        write_json(config.out_dir / "render.json", _settings(config))
+    image_dir = config.out_dir / "iclevr"
+    make_folder(image_dir)
+    for folder in (config.out_dir, image_dir):
+        remove_left_overs(folder)
     done = set(os.listdir(image_dir))
     jobs = []
     for i in range(config.num_sequences):

@@ -13,7 +13,17 @@ from torch import Tensor
 
 import processes
 from checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_model
-from config import DataConfig, SamplingConfig, UserError, to_dict
+from config import (
+    ROOT,
+    DataConfig,
+    FdSamples,
+    SamplingConfig,
+    Seed,
+    Settings,
+    UserError,
+    WandbMode,
+    to_dict,
+)
 from dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
 from device import autocast_dtype, pick_device
 from diffusion import picture_seeds, sample
@@ -31,10 +41,36 @@ from realism import Reference, draw_conditions, frechet_distance, load_reference
 
 
 @dataclass(frozen=True)
+class BenchConfig(Settings):
+    """What src/test.py and src/guidance_scale.py have in common."""
+
+    ckpt_path: Path = PRETRAINED
+    """Checkpoint of src/train.py (default: the pretrained network, see data/README.md)."""
+    seed: Seed = 0
+    """Seed of the first draw; the others follow."""
+    num_fd_samples: FdSamples | None = None
+    """Pictures drawn for each draw's Frechet distance to the training pictures, 0: none
+    (default: 2048, on a CPU none, which would take it an hour)."""
+    judge: Path | None = None
+    """A second evaluator, which scores instead of --evaluator; test.py reports both."""
+    output_dir: Path = ROOT / "output" / "result"
+    """Results go to a folder in here, named after the run."""
+    device: str | None = None
+    """cuda, cpu ... (default: the best there is)."""
+    wandb: WandbMode = "auto"
+    """auto: online when logged in to Weights & Biases, else offline."""
+    wandb_project: str = "iclevr-ddpm"
+    """Project name at Weights & Biases."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
 class Bench:
     """What testing and the sweep need: a network, its schedule, the conditions and the judge."""
 
     checkpoint: Checkpoint
+    blob: str
+    """git's hash of the checkpoint."""
     model: DiffusionModel
     judge: Evaluator
     """Scores: the one of --judge, else of --evaluator."""
@@ -49,6 +85,10 @@ class Bench:
     @property
     def run_name(self) -> str:
         return self.checkpoint.config.run_name
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def judge_name(self, sampling: SamplingConfig) -> str:
         """The judge, and whether the pictures were drawn with its help."""
@@ -71,7 +111,7 @@ def open_bench(
         UserError: anything missing, damaged, or made for other objects.
     """
     device = pick_device(device_name)
-    checkpoint = load_checkpoint(ckpt_path)
+    checkpoint, blob = load_checkpoint(ckpt_path), git_blob_hash(ckpt_path)
     paths = find_data(data)
     objects = read_objects(paths.data_dir)
     if objects != checkpoint.objects:
@@ -87,7 +127,7 @@ def open_bench(
     origin = "pretrained on the stand-in; " if pretrained else ""
     print(f"network: {origin}{checkpoint.config.run_name}, step {checkpoint.step}, {ckpt_path}")
     print(f"judge: {judge.name}, threshold {judge.threshold:.2f}, {judge.path}")
-    return Bench(checkpoint, model, judge, guide, labels, paths, reference=None)
+    return Bench(checkpoint, blob, model, judge, guide, labels, paths, reference=None)
 
 
 def with_reference(bench: Bench) -> Bench:
@@ -142,23 +182,31 @@ def draw_frechet(
     return frechet_distance(bench.reference.features, bench.judge.features(images))
 
 
-def settings_key(
-    ckpt_path: Path, num_fd_samples: int, bench: Bench, sampling: SamplingConfig
-) -> str:
+def fd_samples(config: BenchConfig, bench: Bench) -> int:
+    """Pictures for each Frechet distance: those asked for, or the default, which it says."""
+    if config.num_fd_samples is not None:
+        return config.num_fd_samples
+    if bench.device.type != "cpu":
+        return 2048
+    print("no Frechet distance: on a CPU only with --num_fd_samples, such as 512")
+    return 0
+
+
+def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) -> str:
     """Hash of all that a draw depends on but its seed: draws of other settings are never mixed in.
 
     It names the folder of the results.
     """
-    device = next(bench.model.parameters()).device
     parts = {
-        "checkpoint": git_blob_hash(ckpt_path),
-        "judge": git_blob_hash(bench.judge.path),
-        "guide": git_blob_hash(bench.guide.path) if bench.guide is not bench.judge else None,
+        "checkpoint": bench.blob,
+        "judge": bench.judge.blob,
+        "guide": bench.guide.blob if bench.guide is not bench.judge else None,
         "fd": num_fd_samples if bench.reference else 0,
         "training": bench.reference and bench.reference.key,
         "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
         "sampling": to_dict(replace(sampling, batch_size=1)),
-        "arithmetic": f"{device.type} {autocast_dtype(sampling.mixed_precision, device)}",
+        "arithmetic": f"{bench.device.type} "
+        f"{autocast_dtype(sampling.mixed_precision, bench.device)}",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 

@@ -23,16 +23,9 @@ from pydantic import Field
 from torch import Tensor
 
 import processes
-from checkpoint import PRETRAINED
 from config import (
-    ROOT,
-    DataConfig,
-    FdSamples,
     SamplingConfig,
-    Seed,
-    Settings,
     UserError,
-    WandbMode,
     parse_args,
     run,
     to_dict,
@@ -42,15 +35,17 @@ from diffusion import check_steps, picture_seeds, sample
 from evaluator import IMAGE_SIZE, evaluate
 from figures import confusion_chart, grid, pairs, save_image, strip
 from files import atomic_write, make_folder, read_json, write_json
-from intervals import Interval, frechet_interval
+from intervals import Interval, mean_interval
 from metrics import confusion_shares, paired_difference, record, summarise, table
 from realism import frechet_floor, nearest
 from scoring import (
     Bench,
+    BenchConfig,
     Draw,
     append_draw,
     draw_frechet,
     draw_splits,
+    fd_samples,
     open_bench,
     read_draws,
     settings_key,
@@ -64,33 +59,16 @@ STRIP_PICTURES = 10
 
 
 @dataclass(frozen=True)
-class TestConfig(Settings):
+class TestConfig(BenchConfig):
     """Draw and score the conditions of test.json and new_test.json."""
 
     __test__ = False  # not a test case, whatever pytest thinks of the name
 
-    ckpt_path: Path = PRETRAINED
-    """Checkpoint of src/train.py (default: the pretrained network, see data/README.md)."""
     num_seeds: Annotated[int, Field(ge=1, le=1000)] = 1
     """Draws of every picture; with several, accuracies are their mean and 95% interval."""
-    seed: Seed = 0
-    """Seed of the first draw; the others follow."""
     prompt: str | None = None
     """Draw this scene instead, such as "red sphere, cyan cube"."""
-    num_fd_samples: FdSamples = 2048
-    """Pictures drawn for each seed's Frechet distance to the training pictures; 0: none."""
-    judge: Path | None = None
-    """A second evaluator, which scores instead of --evaluator; both figures are reported."""
-    output_dir: Path = ROOT / "output" / "result"
-    """Results go to a folder in here, named after the run."""
-    device: str | None = None
-    """cuda, cpu ... (default: the best there is)."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    wandb: WandbMode = "auto"
-    """auto: online when logged in to Weights & Biases, else offline."""
-    wandb_project: str = "iclevr-ddpm"
-    """Project name at Weights & Biases."""
-    data: DataConfig = field(default_factory=DataConfig)
 
 
 def draw_strip(bench: Bench, sampling: SamplingConfig, names: list[str], seed: int) -> Tensor:
@@ -151,7 +129,7 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     name = "_".join(names).replace(" ", "-")
     if len(name) > 150:  # file systems allow 255 bytes
         name = f"{len(names)}-objects-{zlib.crc32(name.encode()):08x}"
-    key = settings_key(config.ckpt_path, 0, bench, config.sampling)
+    key = settings_key(0, bench, config.sampling)
     how = f"{folder_name(replace(config, seed=0, num_seeds=1))}-{key}"
     path = folder / "prompt" / how / f"{name}_seed{config.seed}.png"
     save_image(images[-1], path)
@@ -178,8 +156,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     make_folder(run_folder)
     if config.prompt is not None:
         return draw_prompt(bench, config, run_folder)
+    config = replace(config, num_fd_samples=fd_samples(config, bench))
     bench = with_reference(bench)
-    key = settings_key(config.ckpt_path, config.num_fd_samples, bench, sampling)
+    key = settings_key(config.num_fd_samples, bench, sampling)
     name = f"{folder_name(config)}-{key}"
     folder = run_folder / name
     make_folder(folder)
@@ -244,11 +223,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     text = [table(figures)]
     if frechet:
         report["num_fd_samples"] = config.num_fd_samples
-        report["frechet_distance"] = vars(frechet_interval(frechet))
-        report["frechet_distance_of_training_pictures"] = vars(frechet_interval(floor))
+        distance, of_training = (mean_interval(values, lowest=0) for values in (frechet, floor))
+        report["frechet_distance"] = vars(distance)
+        report["frechet_distance_of_training_pictures"] = vars(of_training)
         text.append(
-            f"Frechet distance, {config.num_fd_samples} pictures: {frechet_interval(frechet)}; "
-            f"of as many training pictures: {frechet_interval(floor)}"
+            f"Frechet distance, {config.num_fd_samples} pictures: {distance}; "
+            f"of as many training pictures: {of_training}"
         )
     if rms := of_seeds[0].more["nearest_rms"]:
         report["nearest_rms"] = rms
@@ -280,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
         temporary.write_text("\n\n".join([title, *text, ""]), encoding="utf-8")
     tracker.log(
         {f"{s}_{key}": interval.mean for s in SPLITS for key, interval in figures[s].items()}
-        | ({"frechet_distance": frechet_interval(frechet).mean} if frechet else {})
+        | ({"frechet_distance": distance.mean} if frechet else {})
     )
     for picture in sorted(folder.glob("*.png")):
         tracker.log_picture(picture.stem, picture)

@@ -53,7 +53,13 @@ class Tracker:
                 dir=str(folder),
                 config=config,
                 reinit="finish_previous",
-                settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=60,
+                    finish_timeout=300,
+                    finish_timeout_raises=True,
+                ),  # fmt: skip
             )
             try:
                 self.run = wandb.init(mode=mode, **options)

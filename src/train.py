@@ -19,13 +19,12 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -61,7 +60,7 @@ from diffusion import (
 )
 from evaluator import Evaluator, evaluate, load_evaluator
 from figures import grid, save_image
-from files import atomic_write, make_folder, write_json
+from files import atomic_write, lock_folder, make_folder, remove_left_overs, write_json
 from metrics import record, summarise
 from model import DiffusionModel, summary, zero_init
 from optimizer import make_optimizer
@@ -91,6 +90,8 @@ class TrainState:
     skipped: Tensor
     """(2,) on the device: steps skipped for NaN or infinite gradients, in all and in a row."""
     step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    """Of the steps since the last line of metrics.jsonl, where training goes on."""
 
     def training_state(self) -> dict[str, Any]:
         return {
@@ -101,14 +102,27 @@ class TrainState:
         }
 
     def load(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Take over what a checkpoint holds.
+
+        Raises:
+            UserError: it is not of this network and optimiser.
+        """
         load_weights(self.model, checkpoint.model, path, "its settings")
         if self.ema is not None:
             load_weights(self.ema, checkpoint.ema, path, "its settings")
-        self.optimizer.load_state_dict(checkpoint.training["optimizer"])
-        self.lr_scheduler.load_state_dict(checkpoint.training["lr_scheduler"])
-        self.scaler.load_state_dict(checkpoint.training["scaler"])
-        skipped = checkpoint.training.get("skipped", self.skipped)
-        self.skipped = skipped.to(self.skipped.device)
+        try:
+            self.optimizer.load_state_dict(checkpoint.training["optimizer"])
+            self.lr_scheduler.load_state_dict(checkpoint.training["lr_scheduler"])
+            self.scaler.load_state_dict(checkpoint.training["scaler"])
+            self.skipped.copy_(checkpoint.training.get("skipped", self.skipped))
+            self.losses = [loss.to(self.skipped.device)
+                           for loss in checkpoint.training.get("losses", [])]  # fmt: skip
+        except Exception as error:  # whatever the loaders make of a stranger's content
+            why = " ".join(str(error).split())[:100]
+            raise UserError(
+                f"{path}: what it holds of the optimiser doesn't fit ({type(error).__name__}: "
+                f"{why}); resume from another checkpoint"
+            ) from None
         self.step = checkpoint.step
 
 
@@ -123,7 +137,7 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
     """Flags, and the checkpoint of --resume or --init_from.
 
     On resuming, flags default to the checkpoint's settings; with --init_from, network and noise
-    schedule default to its.
+    schedule default to its. --resume auto starts afresh where there is nothing to go on from.
 
     Raises:
         UserError: nothing to resume, a setting that can't change on the way, or a run folder
@@ -133,7 +147,10 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
     plain = [flag for flag in argv if flag not in ("-h", "--help")]  # its defaults: the recipe's
     config = parse_args(TrainConfig, plain)
     default = RECIPES[config.recipe]
-    if config.init_from and config.resume is None:
+    resuming = config.resume is not None
+    if config.resume == "auto" and not latest_checkpoint(config.output_dir / config.run_name):
+        resuming = False
+    if config.init_from and not resuming:
         source = Source(config.init_from, load_checkpoint(config.init_from))
         start = source.checkpoint.config
         default = replace(default, model=start.model, noise=start.noise)
@@ -151,13 +168,15 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
     run_dir = config.output_dir / config.run_name
     if config.dry_run:
         return config, None
-    if config.resume is None:
+    if not resuming:
         if latest_checkpoint(run_dir):
             raise UserError(
                 f"{run_dir}: holds a run already; go on with --resume auto, "
                 "or choose another --run_name"
             )
-        return config, source
+        if config.resume:
+            print(f"--resume auto: no checkpoint in {run_dir}: starting afresh")
+        return replace(config, resume=None), source
     given = run_dir if config.resume == "auto" else Path(config.resume)
     if given.is_file():
         source = Source(given, load_checkpoint(given))
@@ -199,9 +218,18 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [found[epoch] for epoch in sorted(found)]
 
 
+def resumable(run_dir: Path) -> list[Path]:
+    """What a run can go on from, the last is the best choice.
+
+    best.pth is the first: it may be all there is of a run that was killed early.
+    """
+    best = run_dir / "checkpoints" / "best.pth"
+    return [best] * best.exists() + checkpoints(run_dir)
+
+
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint of the highest epoch in a run folder, or None."""
-    return next(reversed(checkpoints(run_dir)), None)
+    return next(reversed(resumable(run_dir)), None)
 
 
 def latest_whole_checkpoint(run_dir: Path) -> Source | None:
@@ -211,7 +239,7 @@ def latest_whole_checkpoint(run_dir: Path) -> Source | None:
         UserError: there are some, but all are damaged, or one can't be read for another reason.
     """
     error = None
-    for path in reversed(checkpoints(run_dir)):
+    for path in reversed(resumable(run_dir)):
         try:
             return Source(path, load_checkpoint(path))
         except DamagedFileError as caught:
@@ -276,11 +304,12 @@ def train_step(
     for number in range(parts):
         part = slice(len(x_0) * number // parts, len(x_0) * (number + 1) // parts)
         last = number == parts - 1  # processes exchange their gradients only then
-        with contextlib.nullcontext() if last else no_sync(state.parallel), autocast(device, dtype):
-            losses = training_loss(
-                state.parallel, scheduler, x_0[part], labels[part], t[part], eps[part],
-                config.min_snr_gamma,
-            )  # fmt: skip
+        with contextlib.nullcontext() if last else no_sync(state.parallel):
+            with autocast(device, dtype):
+                losses = training_loss(
+                    state.parallel, scheduler, x_0[part], labels[part], t[part], eps[part],
+                    config.min_snr_gamma,
+                )  # fmt: skip
             loss = losses.sum() / count
             # Gradients become their mean over processes: the sum is wanted.
             state.scaler.scale(loss * processes.world_size()).backward()
@@ -436,6 +465,13 @@ class Preview:
         return values
 
 
+def previewed(run_dir: Path, step: int) -> bool:
+    """Whether metrics.jsonl tells of a preview after this step."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any(Metrics.step(line) == step and '"picture"' in line for line in lines)
+
+
 class Metrics:
     """metrics.jsonl, one line a record; on resuming, lines of lost steps are taken out."""
 
@@ -443,12 +479,13 @@ class Metrics:
         self.path = path
         if path.exists() and processes.is_main():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if self._step(line) <= step]
+            kept = [line for line in lines if self.step(line) <= step]
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     @staticmethod
-    def _step(line: str) -> float:
+    def step(line: str) -> float:
+        """The step that a line is about; infinite if it can't be read."""
         try:
             return json.loads(line)["step"]
         except (ValueError, TypeError, KeyError):  # cut short by a kill or a full disk
@@ -467,10 +504,15 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM end training after the current step; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end training after the current step; a second one ends it at once.
+
+    Within a second it still counts as the first: a terminal or a scheduler signals every process,
+    and torch's launcher passes on what it got itself.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.since = 0.0
         self.at_once = False
         """Raise `Stopped` where the work is, which can be cut short."""
 
@@ -492,8 +534,10 @@ class StopSignal:
 
     def _note(self, number: int, _: object) -> None:
         if self.number is not None:
-            sys.exit(128 + number)
-        self.number = number
+            if time.monotonic() > self.since + 1:
+                sys.exit(128 + number)
+            return
+        self.number, self.since = number, time.monotonic()
         if processes.is_main():
             print("\nstopping after this step; once more stops at once", file=sys.stderr)
         if self.at_once and processes.world_size() == 1:  # else the others would wait for ever
@@ -507,6 +551,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if config.dry_run:
         print(summary(config.model))
         return None
+    run_dir = config.output_dir / config.run_name
+    latest = latest_checkpoint(run_dir)
     device = pick_device(config.device)
     dtype = autocast_dtype(config.mixed_precision, device)
     paths = find_data(config.data)
@@ -523,7 +569,6 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if config.compile:
         check_compiler(device)
     check_shares(config, config.batch_size)
-    run_dir = config.output_dir / config.run_name
     make_folder(run_dir)  # all that is quick to find out is known: now the pictures
     loader = get_dataloader(
         paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
@@ -534,6 +579,13 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     check_shares(config, batch_size)
     total_steps = min(config.epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
     state = build_state(config, total_steps, device)
+
+    def preview_due() -> bool:
+        epoch, batches = divmod(state.step, steps_per_epoch)
+        whole = batches == 0 and state.step > 0
+        return state.step == total_steps or (whole and epoch % config.sample_interval == 0)
+
+    owed = False  # a preview that is due and has not been drawn
     if resumed_from:
         checkpoint = source.checkpoint
         if (checkpoint.objects, checkpoint.training.get("data")) != (
@@ -545,7 +597,13 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 "name its --data_dir or start another --run_name"
             )
         state.load(checkpoint, resumed_from)
-        if state.step >= total_steps:
+        if processes.from_main(state.step) != state.step:
+            raise UserError(
+                f"{resumed_from}: the first process goes on from another step; do all of them see "
+                "the same --output_dir?"
+            )
+        owed = preview_due() and not processes.from_main(previewed(run_dir, state.step))
+        if state.step >= total_steps and not owed:
             limit = "--max_train_steps" if total_steps == config.max_train_steps else "--epochs"
             raise UserError(
                 f"{resumed_from}: all {state.step} steps are done; raise {limit} to go on"
@@ -557,14 +615,15 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         state.model.compile()  # in place: names of weights stay as they are
     preview = Preview(config, paths, objects, judge)
 
-    lock = FileLock(run_dir / ".lock", timeout=0)  # the system lifts it when the process ends
+    lock = contextlib.ExitStack()
     if processes.is_main():
-        try:
-            lock.acquire()
-        except Timeout:
+        lock.callback(lock_folder(run_dir, "choose another --run_name").release)
+        if latest_checkpoint(run_dir) != latest:
             raise UserError(
-                f"{run_dir}: another process is training here; choose another --run_name"
-            ) from None
+                f"{run_dir}: another process has trained here since this one started; start again"
+            )
+        for folder in (run_dir, run_dir / "checkpoints", run_dir / "samples"):
+            remove_left_overs(folder)
         write_json(run_dir / "config.json", to_dict(config))
     processes.wait_for_all()
     metrics = Metrics(run_dir / "metrics.jsonl", state.step)
@@ -630,26 +689,52 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
     scheduler = make_scheduler(config.noise)
     shown: dict[str, str] = {}
-    saved, saved_step = resumed_from, state.step
-    losses: list[Tensor] = []
+    saved, saved_step, save_due = resumed_from, state.step, False
+    losses = state.losses
     if resumed_from:
-        losses = [loss.to(device) for loss in checkpoint.training.get("losses", [])]
         if not processes.is_main():  # the parts of all processes add up to these
             losses = [torch.zeros_like(loss) for loss in losses]
         del checkpoint
     source = None  # memory is the training's
     best_path = run_dir / "checkpoints" / "best.pth"
-    best = load_checkpoint(best_path).training["best"] if best_path.exists() else -1.0
+    best = -1.0
+    if best_path.exists():
+        try:
+            best = load_checkpoint(best_path).training["best"]
+        except DamagedFileError as error:
+            print(f"warning: {error}; the next best replaces it", file=sys.stderr)
     since, timed_from = time.perf_counter(), state.step
+
+    def draw_preview() -> None:
+        """Draw the test conditions; cut short by a signal, when the run goes on."""
+        nonlocal owed, best, since, timed_from
+        name = f"samples/epoch_{math.ceil(state.step / steps_per_epoch)}.png"
+        try:
+            stop.at_once = True
+            values = preview(state.ema or state.model, run_dir / name)
+        except Stopped:
+            return
+        finally:
+            stop.at_once = False
+        accuracy = processes.from_main(values.get("preview_accuracy"))
+        if accuracy is not None:
+            shown["preview"] = f"{accuracy:.3f}"
+            if config.keep_best and accuracy > best:
+                best = accuracy
+                save("best.pth")
+        log(values | {"picture": name})
+        owed, since, timed_from = False, time.perf_counter(), state.step
+
     with (
-        contextlib.ExitStack() as stack,
+        lock,
         StopSignal() as stop,
         tqdm(
             total=total_steps, initial=state.step, desc="train", unit="step",
             disable=not processes.is_main(),
         ) as bar,
     ):  # fmt: skip
-        stack.callback(lock.release)
+        if owed and not stop.agreed():
+            draw_preview()
         while state.step < total_steps and not stop.agreed():
             epoch, batch = divmod(state.step, steps_per_epoch)
             loader.batch_sampler.set_position(epoch, batch)
@@ -687,29 +772,17 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                     break
             done = state.step == total_steps
             epoch = math.ceil(state.step / steps_per_epoch)
-            if stop.number is not None or done or epoch % config.save_interval == 0:
-                saved, saved_step = save(), state.step
-            if stop.number is None and (done or epoch % config.sample_interval == 0):
-                path = run_dir / "samples" / f"epoch_{epoch}.png"
-                try:
-                    stop.at_once = True
-                    values = preview(state.ema or state.model, path)
-                except Stopped:
-                    break
-                finally:
-                    stop.at_once = False
-                log(values)
-                accuracy = processes.from_main(values.get("preview_accuracy"))
-                if accuracy is not None:
-                    shown["preview"] = f"{accuracy:.3f}"
-                    if config.keep_best and accuracy > best:
-                        best = accuracy
-                        save("best.pth")
-                since, timed_from = time.perf_counter(), state.step
+            save_due = save_due or epoch % config.save_interval == 0
+            # While the network gives NaN, that waits: the last good checkpoint stays the last.
+            if stop.agreed() or done or (save_due and not state.skipped[1]):
+                saved, saved_step, save_due = save(), state.step, False
+            owed = preview_due()
+            if owed and not stop.agreed():
+                draw_preview()
         if state.step != saved_step:  # stopped while a preview was drawn
             saved = save()
     tracker.finish()
-    if stop.number is not None and state.step < total_steps:
+    if stop.number is not None and (state.step < total_steps or owed):
         print(f"stopped at step {state.step}, saved {saved}; go on with the same command and "
               "--resume auto", file=sys.stderr)  # fmt: skip
         sys.exit(128 + stop.number)

@@ -128,6 +128,9 @@ CASES = {
     "objects: huge nesting": Case(
         "train", ("objects.json",), change=text("objects.json", "[" * 100000)
     ),
+    "objects: a name that leads out": Case(
+        "test", ("objects.json", "'../red'"), change=text("objects.json", '{"../red": 0}')
+    ),
     "objects: not UTF-8": Case("train", ("objects.json",), change=raw("objects.json", b"\xff{}")),
     "train: absolute name": Case(
         "train", ("train.json", "/etc/passwd"),
@@ -258,6 +261,26 @@ CASES = {
         "test", ("model.pth", "lr"),
         change=checkpoint(lambda content: content["config"].update(lr=float("nan"))),
     ),
+    "checkpoint: objects are a number": Case(
+        "export", ("model.pth", "dict of object name"),
+        change=checkpoint(lambda content: content.update(objects=3)),
+    ),
+    "checkpoint: no objects": Case(
+        "export", ("model.pth", "dict of object name"),
+        change=checkpoint(lambda content: content.update(objects={})),
+    ),
+    "checkpoint: weights are a tensor": Case(
+        "test", ("model.pth", "ema is a Tensor"),
+        change=checkpoint(lambda content: content.update(ema=torch.zeros(3))),
+    ),
+    "checkpoint: a schedule without end": Case(
+        "test", ("model.pth", "num_train_timesteps"),
+        change=checkpoint(lambda c: c["config"]["noise"].update(num_train_timesteps=10**12)),
+    ),
+    "checkpoint: a network beyond all memory": Case(
+        "test", ("model.pth", "weights are not those"),
+        change=checkpoint(lambda c: c["config"]["model"].update(block_out_channels=(16384,) * 2)),
+    ),
     "evaluator: half": Case("test", ("judge.pth", "damaged"), change=half("judge")),
     "evaluator: a checkpoint": Case(
         "test", ("model.pth", "weights are not those"), "--evaluator {ckpt}"
@@ -319,6 +342,9 @@ CASES = {
     "export of a folder": Case("export", ("is a folder",), "--ckpt_path {data}"),
     "export back from a file": Case("export", ("no folder",), "--to checkpoint"),
     "export under a bad name": Case("export", ("--run_name",), "--to half --run_name a/b"),
+    "rendering over other data": Case(
+        "render_iclevr", ("train.json", "not made"), "--out_dir {data}"
+    ),
     "tiny rendering": Case("render_iclevr", ("--width", "1"), "--width 1"),
     "no sequences": Case("render_iclevr", ("--num_sequences",), "--num_sequences 0"),
     "output is a file": Case("test", ("model.pth", "can't be written"), "--output_dir {ckpt}"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import OBJECTS, write_world
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision import transforms
 
 import dataset
@@ -214,6 +214,29 @@ def test_bad_pictures_are_refused_by_name(world, kind):
     with pytest.raises(UserError, match="CLEVR_train_000002_1.png"):
         IclevrDataset(world, world / "iclevr", "train", 8)
     assert list((world / ".cache").iterdir()) == []  # no half-built cache
+
+
+def test_an_absurdly_large_picture_is_refused_before_it_is_decoded(world, monkeypatch):
+    Image.new("L", (9000, 1)).save(world / "iclevr" / "CLEVR_train_000002_1.png")
+    real, decoded = ImageFile.ImageFile.load, []
+
+    def load(self):
+        decoded.append(self.size)
+        return real(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(UserError, match="9000x1 pixels are too many"):
+        IclevrDataset(world, world / "iclevr", "train", 8)
+    assert (20, 15) in decoded and (9000, 1) not in decoded
+
+
+def test_a_cache_cut_short_is_made_again(world, capsys):
+    whole = IclevrDataset(world, world / "iclevr", "train", 8)
+    images = np.array(whole.images)
+    whole.cache.write_bytes(whole.cache.read_bytes()[:-100])
+    again = IclevrDataset(world, world / "iclevr", "train", 8)
+    assert (again.images == images).all()
+    assert "damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

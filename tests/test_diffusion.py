@@ -14,7 +14,7 @@ from diffusion import (
     derive_seed,
     draw_timesteps,
     drop_labels,
-    guided_noise,
+    guided_prediction,
     make_scheduler,
     min_snr_weight,
     picture_seeds,
@@ -98,10 +98,10 @@ def test_guidance():
     y = labels_of(3, 20)
     cond, uncond = model(x, t, y), model(x, t, torch.zeros_like(y))
     model.calls.clear()
-    torch.testing.assert_close(guided_noise(model, x, t, y, 4.0), uncond + 4 * (cond - uncond))
+    torch.testing.assert_close(guided_prediction(model, x, t, y, 4.0), uncond + 4 * (cond - uncond))
     assert model.calls == [4]  # both passes in one batch
-    assert torch.equal(guided_noise(model, x, t, y, 1.0), cond)
-    assert torch.equal(guided_noise(model, x, t, y, 0.0), uncond)
+    assert torch.equal(guided_prediction(model, x, t, y, 1.0), cond)
+    assert torch.equal(guided_prediction(model, x, t, y, 0.0), uncond)
     assert model.calls == [4, 2, 2]  # the pass that is not needed is left out
 
 

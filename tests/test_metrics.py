@@ -9,7 +9,7 @@ from conftest import OBJECTS
 from scipy import linalg, stats
 
 from config import SchedulerConfig
-from diffusion import judge_guidance, make_scheduler, unscale
+from diffusion import classifier_guidance, make_scheduler, unscale
 from evaluator import Evaluator, build_evaluator, calibrate, judge_scores
 from intervals import Interval
 from metrics import count_interval, paired_difference, record, summarise
@@ -181,7 +181,7 @@ def test_guidance_by_the_judge_moves_x_0_along_the_gradient(kind):
         scheduler.set_timesteps(500)
         return scheduler.step(prediction, t, x_t).pred_original_sample
 
-    guided = judge_guidance(
+    guided = classifier_guidance(
         prediction, x_t, t, torch.zeros(1, 24), scheduler, noise, Quadratic(), 3.0
     )
     variance = 1 - scheduler.alphas_cumprod[t]

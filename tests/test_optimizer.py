@@ -106,6 +106,18 @@ def test_state_survives_saving():
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+def test_state_moves_to_the_device_of_the_weights():
+    """Read on the CPU, for a network elsewhere; torch's fused kernel wants all in one place."""
+    weights = copies([torch.randn(4, 6), torch.randn(5)])
+    here = Muon(weights[:1], weights[1:], 0.01, BETAS, 0.1)
+    steps_of(here, weights, [[torch.randn_like(w) for w in weights]])
+    elsewhere = [torch.nn.Parameter(torch.empty_like(w, device="meta")) for w in weights]
+    there = Muon(elsewhere[:1], elsewhere[1:], 0.01, BETAS, 0.1)
+    there.load_state_dict(here.state_dict())
+    states = [value for state in there.state.values() for value in state.values()]
+    assert len(states) == 4 and all(value.device.type == "meta" for value in states)
+
+
 def test_which_weights_are_matrices():
     config = RECIPES["small"]
     model = DiffusionModel(config.model)

@@ -148,6 +148,25 @@ def test_an_error_of_all_is_printed_once(tmp_path, single):
     assert err.count("error: --batch_size 1: fewer pictures than 2 process(es)") == 1
 
 
+COUNTING = """
+import os, sys
+sys.path.insert(0, {src!r})
+import test
+from config import run
+from model import DiffusionModel
+
+plain = DiffusionModel.forward
+
+def forward(self, x_t, t, labels):
+    with open(os.path.join({folder!r}, "rank" + os.environ["RANK"]), "a") as file:
+        file.write(str(len(x_t)) + " ")
+    return plain(self, x_t, t, labels)
+
+DiffusionModel.forward = forward
+run(test.main)
+"""
+
+
 def test_two_processes_draw_the_same_pictures(trained, tmp_path):
     """test.py and the sweep, shared between processes; the sweep goes on from a single one's."""
     data, _, checkpoint = trained
@@ -160,9 +179,16 @@ def test_two_processes_draw_the_same_pictures(trained, tmp_path):
 
     test.main([str(a) for a in [*argv, "--output_dir", tmp_path / "a"]])
     guidance_scale.main([str(a) for a in [*argv, *scales, "--output_dir", tmp_path / "a"]])
-    for script, more in (("test.py", []), ("guidance_scale.py", scales)):
+    counting = tmp_path / "counting.py"
+    counting.write_text(COUNTING.format(src=str(SRC), folder=str(tmp_path)))
+    for script, more in ((counting, []), ("guidance_scale.py", scales)):
         code, _, err = finished(launched(script, [*argv, *more, "--output_dir", tmp_path / "b"]))
         assert code == 0, err
+    evaluations = [sum(map(int, (tmp_path / f"rank{n}").read_text().split())) for n in (0, 1)]
+    # 2 draws of 8 conditions and 5 pictures for the distance, and one of the denoising strip: 27
+    # pictures of 5 steps with 2 evaluations each, shared out.
+    assert sum(evaluations) == 27 * 5 * 2
+    assert min(evaluations) >= 12 * 5 * 2
     pictures, theirs = (
         sorted(p.relative_to(tmp_path / x) for p in (tmp_path / x).rglob("*.png")) for x in "ab"
     )

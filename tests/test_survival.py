@@ -3,6 +3,7 @@
 Nor is it when the process of Weights & Biases beside it is killed, or when the disk is full.
 """
 
+import os
 import random
 import shlex
 import signal
@@ -85,6 +86,20 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_signal_to_the_whole_group_spares_the_loaders_workers(world, tmp_path):
+    argv = [*flags_of(world, tmp_path), "--num_workers", "2", "--epochs", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(SRC / "train.py"), *argv], start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path / "r" / "checkpoints"
+    assert wait_for(lambda: any(folder.glob("model_epoch_*.pth")), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, error
+    assert "Traceback" not in error and "--resume auto" in error
+
+
 def test_training_goes_on_when_the_service_of_wandb_is_killed(world, tmp_path):
     argv = flags_of(world, tmp_path)
     argv[argv.index("disabled")] = "offline"
@@ -140,6 +155,15 @@ def test_a_full_disk_stops_training_with_the_last_checkpoint_whole(world, tmp_pa
     assert "Traceback" not in done.stderr
     assert [path.name for path in folder.iterdir()] == ["model_epoch_1.pth"]
     assert load_checkpoint(folder / "model_epoch_1.pth").step == 3
+
+
+def test_a_full_disk_for_the_decoded_pictures_is_found_before_decoding(world, tmp_path):
+    """Written through a map, they would end the process by SIGBUS."""
+    argv = [*flags_of(world, tmp_path), "--cache_dir", str(tmp_path / "cache")]
+    done = train_on_a_small_disk(tmp_path / "cache", 8, argv)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].endswith(".npy: can't be written: No space left on device")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_training_goes_on_when_the_disk_of_wandbs_files_is_full(world, tmp_path):

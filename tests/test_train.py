@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import platform
 import shutil
 import signal
 from dataclasses import replace
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import OBJECTS, SMALL_NETWORK, error_of
-from filelock import FileLock
 from PIL import Image
 
 import demo
@@ -23,9 +23,10 @@ import test
 import train
 import train_evaluator
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from config import RECIPES, SamplingConfig, TrainConfig, UserError
+from config import RECIPES, DataConfig, SamplingConfig, TrainConfig, UserError
 from diffusion import picture_seeds, sample
 from evaluator import build_evaluator, evaluate, load_evaluator
+from files import lock_folder
 from guidance_scale import indistinguishable, summarise_sweep, verdict
 from scoring import Draw
 from train import update_ema
@@ -74,7 +75,7 @@ def test_preview_is_sampled_and_scored_by_the_one_function(trained):
     data, output, path = trained
     checkpoint = load_checkpoint(path)
     labels = torch.stack(
-        list(test.open_bench(path, test.DataConfig(data_dir=data), "cpu").labels["test"])
+        list(test.open_bench(path, DataConfig(data_dir=data), "cpu").labels["test"])
     )
     sampling = SamplingConfig(scheduler="ddim", num_inference_steps=5, guidance_scale=3.0)
     model = load_model(checkpoint, path, torch.device("cpu"))
@@ -156,6 +157,38 @@ def test_stopping_during_a_preview_loses_nothing(world, tmp_path):
         train.main(argv)
     assert stopped.value.code == 130
     assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 3
+    # It is drawn when the run goes on; so is the last one, after which no step is left.
+    argv = ["--output_dir", str(tmp_path), "--run_name", "r", "--resume", "auto"]
+
+    def last_is_stopped(self, *args):
+        if args[1].name == "epoch_4.png":
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the preview is cut short, not drawn to its end")
+        return real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train.Preview, "__call__", last_is_stopped)
+        train.main(argv)
+    assert stopped.value.code == 130
+    (tmp_path / "r" / "checkpoints" / ".tmp-model_epoch_9-x.pth").write_bytes(b"of a kill")
+    train.main(argv)
+    assert "all 12 steps are done" in error_of(train.main, argv)
+    assert {path.name for path in (tmp_path / "r" / "checkpoints").iterdir()} == {
+        "model_epoch_1.pth", "model_epoch_4.pth"
+    }  # fmt: skip
+    whole = train_argv(world, tmp_path / "whole", "--epochs", 4)
+    whole[whole.index("--sample_interval") + 1] = "1"
+    train.main(whole)
+    logs = [
+        [line for line in (folder / "r" / "metrics.jsonl").read_text().splitlines()
+         if '"picture"' in line]
+        for folder in (tmp_path, tmp_path / "whole")
+    ]  # fmt: skip
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    for epoch in range(1, 5):
+        pictures = [folder / "r" / "samples" / f"epoch_{epoch}.png"
+                    for folder in (tmp_path, tmp_path / "whole")]  # fmt: skip
+        assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 def damage_middle(path: Path) -> None:
@@ -231,6 +264,31 @@ def test_only_the_last_and_the_best_are_kept(trained, tmp_path):
             epochs = str(5 if accuracy == 0.5 else 6)
             train.main(["--resume", str(tmp_path / "r"), "--epochs", epochs])
         assert load_checkpoint(folder / "best.pth").epoch == epoch
+
+
+def test_best_may_be_all_there_is(trained, tmp_path):
+    """Killed before the first --save_interval; and a damaged best.pth stops nothing."""
+    data, _, _ = trained
+    argv = train_argv(data, tmp_path, "--epochs", 4, "--sample_interval", 1, "--keep_best")
+    real = train.train_step
+
+    def killed(state, *args):
+        if state.step == 5:
+            raise KeyboardInterrupt
+        return real(state, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", killed)
+        train.main(argv)
+    folder = tmp_path / "r" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["best.pth"]
+    assert "holds a run already" in error_of(train.main, argv)
+    train.main([*argv, "--resume", "auto"])
+    assert load_checkpoint(folder / "model_epoch_4.pth").step == 12
+    damage_middle(folder / "best.pth")
+    train.main(["--resume", str(tmp_path / "r"), "--epochs", "5"])
+    assert load_checkpoint(folder / "model_epoch_5.pth").step == 15
+    assert load_checkpoint(folder / "best.pth").epoch == 5
 
 
 def test_moved_run_goes_on_where_it_lies(world, tmp_path):
@@ -346,22 +404,44 @@ def test_a_skipped_last_step_ends_the_run_as_any_other(world, tmp_path, monkeypa
     assert checkpoint.step == 3 and checkpoint.training["skipped"].tolist() == [1, 1]
 
 
-def test_many_nan_in_a_row_stop_with_the_last_good_checkpoint(world, tmp_path, monkeypatch):
-    poison(monkeypatch, range(4, 100))
+def test_many_nan_in_a_row_stop_with_the_last_good_checkpoint(world, tmp_path):
     argv = train_argv(world, tmp_path, "--epochs", 9, "--save_interval", 1)
-    message = error_of(train.main, [*argv, "--max_skipped_steps", 4])
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, range(4, 100))
+        message = error_of(train.main, [*argv, "--max_skipped_steps", 4])
     assert "the last 4 steps before step 8 had NaN" in message
-    assert "model_epoch_2.pth" in message  # saved within the streak: its weights are good
-    checkpoint = load_checkpoint(train.latest_checkpoint(tmp_path / "r"))
-    assert all(v.isfinite().all() for v in checkpoint.model.values())
-    # Resumed, the count goes on.
-    poison(monkeypatch, range(100))
+    assert "model_epoch_1.pth" in message  # none is written within the streak
+    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 3
+    argv = ["--output_dir", str(tmp_path), "--run_name", "r", "--resume", "auto"]
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, range(5))  # steps 4 to 8: past the end of epoch 2
+        train.main([*argv, "--max_skipped_steps", "9", "--save_interval", "2"])
+    assert [path.name for path in train.checkpoints(tmp_path / "r")] == [
+        f"model_epoch_{epoch}.pth" for epoch in (1, 3, 4, 6, 8, 9)
+    ]  # that of epoch 2 was put off
+
+
+def test_the_count_of_skipped_steps_goes_on_when_resumed(world, tmp_path, monkeypatch):
+    poison(monkeypatch, range(4, 10**6))
+    real_step = train.train_step
+
+    def stop_after_6(state, *args):
+        result = real_step(state, *args)
+        if state.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    argv = train_argv(world, tmp_path, "--epochs", 9, "--max_skipped_steps", 4)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_step", stop_after_6)
+        train.main(argv)
     argv = ["--output_dir", tmp_path, "--run_name", "r", "--resume", "auto"]
     assert "the last 4 steps before step 8 had NaN" in error_of(train.main, argv)
 
 
 def test_diverged_training_stops_and_saves_nothing(world, tmp_path):
-    argv = train_argv(world, tmp_path, "--epochs", 4, "--lr", 1e30, "--lr_warmup_steps", 0)
+    argv = train_argv(world, tmp_path, "--epochs", 4, "--lr", 1e30, "--lr_warmup_steps", 0,
+                      "--save_interval", 1)  # fmt: skip
     message = error_of(train.main, argv)
     assert "had NaN or infinite gradients" in message and "--lr" in message
     assert train.latest_checkpoint(tmp_path / "r") is None
@@ -375,11 +455,41 @@ def test_bad_preview_steps_are_named_at_once(world, tmp_path):
 
 def test_second_process_in_the_folder_is_refused(world, tmp_path):
     (tmp_path / "r").mkdir()
-    with FileLock(tmp_path / "r" / ".lock"):
-        message = error_of(train.main, train_argv(world, tmp_path, "--epochs", 1))
-    assert "another process" in message
-    assert os.listdir(tmp_path / "r") == [".lock"]
+    lock = lock_folder(tmp_path / "r", "")
+    message = error_of(train.main, train_argv(world, tmp_path, "--epochs", 1))
+    assert f"process {os.getpid()} on {platform.node()} works here" in message
+    assert set(os.listdir(tmp_path / "r")) == {".lock", ".lock-owner"}
+    lock.release()
     train.main(train_argv(world, tmp_path, "--epochs", 1))
+
+
+def test_a_run_that_another_process_has_begun_meanwhile_is_left_alone(world, tmp_path):
+    """It looked before it had the lock: while it decoded, another one trained and ended."""
+    argv = train_argv(world, tmp_path, "--epochs", 1)
+    real = train.get_dataloader
+
+    def overtaken(*args, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "get_dataloader", real)
+            train.main([*argv, "--seed", "1"])
+        return real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "get_dataloader", overtaken)
+        assert "another process has trained here" in error_of(train.main, argv)
+    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).config.seed == 1
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["seed"] == 1
+
+
+def test_a_second_signal_stops_at_once_but_not_an_echo_of_the_first():
+    with train.StopSignal() as stop:
+        for _ in range(2):  # as a launcher and its whole group get it
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+        stop.since -= 2
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143
 
 
 def test_unwritable_folders_are_found_before_the_work(trained, tmp_path, monkeypatch):
@@ -545,7 +655,7 @@ def test_testing_needs_only_the_checkpoint(trained, tmp_path):
     assert json.loads((folder / "accuracies.json").read_text()) == report
     assert Image.open(folder / "denoising.png").size[0] > 8 * 128
     # The pictures on disk, judged on their own, have the accuracy that was reported.
-    bench = test.open_bench(path, test.DataConfig(data_dir=data), "cpu")
+    bench = test.open_bench(path, DataConfig(data_dir=data), "cpu")
     from image_cache import read_image
 
     images = torch.stack(
@@ -673,7 +783,7 @@ def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, 
     assert result_folder(tmp_path, "ddim5-guidance3-seeds0to1-evaluator_second").is_dir()
 
     # More of what it likes: the likelihood of the conditions, by the judge that guides.
-    bench = test.open_bench(path, test.DataConfig(data_dir=data), "cpu")
+    bench = test.open_bench(path, DataConfig(data_dir=data), "cpu")
     likelihoods = []
     for strength in (0, 20):
         sampling = test.SamplingConfig(classifier_guidance_scale=strength)
