@@ -588,9 +588,17 @@ def test_second_run_into_the_folder_is_refused(trained):
     assert "all 12 steps are done; raise --max_train_steps" in message
     earlier = output / "tiny" / "checkpoints" / "model_epoch_2.pth"
     assert "holds later checkpoints" in error_of(train.main, ["--resume", earlier])
-    assert "no checkpoint" in error_of(
-        train.main, ["--output_dir", output, "--run_name", "x", "--resume", "auto"]
-    )
+    assert "no checkpoint" in error_of(train.main, ["--resume", output / "x"])
+
+
+def test_resume_auto_starts_where_there_is_nothing_to_go_on_from(world, tmp_path, capsys):
+    argv = train_argv(world, tmp_path, "--epochs", 1, "--resume", "auto")
+    path = train.main(argv)
+    assert "starting afresh" in capsys.readouterr().out
+    assert load_checkpoint(path).step == 3
+    argv[argv.index("--epochs") + 1] = "2"
+    assert load_checkpoint(train.main(argv)).step == 6
+    assert "starting afresh" not in capsys.readouterr().out
 
 
 def test_wandb_offline_files_hold_the_run(world, tmp_path, monkeypatch):
