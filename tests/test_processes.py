@@ -140,6 +140,37 @@ def test_sigterm_to_one_stops_all_after_the_same_step(single, tmp_path):
     assert f"stopped at step {checkpoint.step}, saved" in err and "--resume auto" in err
 
 
+STOPPED_WHILE_SAVING = """
+import os, signal, sys
+sys.path.insert(0, {src!r})
+import train
+from config import run
+
+plain = train.save_checkpoint
+
+def save(path, checkpoint):
+    plain(path, checkpoint)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+train.save_checkpoint = save
+run(train.main)
+"""
+
+
+def test_sigterm_while_the_first_one_writes_leaves_none_waiting(single, tmp_path):
+    """The others are on their way to the preview, which the first one would not draw any more."""
+    data, _ = single
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED_WHILE_SAVING.format(src=str(SRC)))
+    argv = argv_of(data, tmp_path, "--save_interval", 3)
+    code, _, err = finished(launched(script, argv), timeout=120)
+    assert code != 0
+    assert "stopped at step 6, saved" in err
+    assert not (tmp_path / "r" / "samples").exists()
+    train.main(["--resume", str(tmp_path / "r")])  # draws it, and goes on
+    assert (tmp_path / "r" / "samples" / "epoch_3.png").exists()
+
+
 def test_an_error_of_all_is_printed_once(tmp_path, single):
     data, _ = single
     argv = argv_of(data, tmp_path, "--batch_size", 1)
