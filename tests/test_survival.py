@@ -94,6 +94,10 @@ def test_a_signal_to_the_whole_group_spares_the_loaders_workers(world, tmp_path)
     )  # fmt: skip
     folder = tmp_path / "r" / "checkpoints"
     assert wait_for(lambda: any(folder.glob("model_epoch_*.pth")), process)
+    for worker in psutil.Process(process.pid).children():
+        worker.terminate()
+    before = len(list(folder.iterdir()))
+    assert wait_for(lambda: len(list(folder.iterdir())) > before + 1, process), "they are gone"
     os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 143, error
