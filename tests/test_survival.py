@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import SMALL_NETWORK, SRC
+from conftest import SMALL_NETWORK, SRC, write_world
 
 import train
 from checkpoint import load_checkpoint
@@ -86,16 +86,20 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_signal_to_the_whole_group_spares_the_loaders_workers(world, tmp_path):
-    argv = [*flags_of(world, tmp_path), "--num_workers", "2", "--epochs", "100000"]
+def test_a_signal_to_the_whole_group_spares_the_loaders_workers(tmp_path):
+    data = write_world(tmp_path / "data", pictures=240)  # epochs long enough to meet the workers
+    argv = [*flags_of(data, tmp_path), "--num_workers", "2", "--epochs", "100000"]
     process = subprocess.Popen(
         [sys.executable, str(SRC / "train.py"), *argv], start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     folder = tmp_path / "r" / "checkpoints"
     assert wait_for(lambda: any(folder.glob("model_epoch_*.pth")), process)
-    for worker in psutil.Process(process.pid).children():
+    time.sleep(0.3)
+    workers = psutil.Process(process.pid).children()
+    for worker in workers:
         worker.terminate()
+    assert len(workers) >= 2
     before = len(list(folder.iterdir()))
     assert wait_for(lambda: len(list(folder.iterdir())) > before + 1, process), "they are gone"
     os.killpg(process.pid, signal.SIGTERM)
