@@ -88,13 +88,20 @@ def test_preview_is_sampled_and_scored_by_the_one_function(trained):
 
 
 @pytest.mark.parametrize(
-    ("precision", "optimizer"), [("no", "adamw"), ("fp16", "adamw"), ("fp16", "muon")]
+    ("precision", "optimizer", "more"),
+    [
+        ("no", "adamw", []),
+        ("no", "muon", []),
+        ("no", "adamw", ["--no-ema", "--gradient_accumulation_steps", 2, "--num_workers", 1]),
+        ("fp16", "adamw", []),
+        ("fp16", "muon", []),
+    ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(
-    world, tmp_path, monkeypatch, precision, optimizer
+    world, tmp_path, monkeypatch, precision, optimizer, more
 ):
     flags = ("--epochs", 4, "--dropout", 0.1, "--log_interval", 3, "--mixed_precision", precision,
-             "--optimizer", optimizer)  # fmt: skip
+             "--optimizer", optimizer, *more)  # fmt: skip
     if precision == "fp16":  # an overflow in the second step of both runs halves the loss scale
         poison(monkeypatch, {1, 13})
     whole = load_checkpoint(train.main(train_argv(world, tmp_path / "a", *flags)))
@@ -123,8 +130,13 @@ def test_resumed_run_equals_the_uninterrupted_one(
         train.main(["--output_dir", str(tmp_path / "b"), "--run_name", "r", "--resume", "auto"])
     )
     assert resumed.step == whole.step == 12
-    for ours, theirs in ((resumed.model, whole.model), (resumed.ema, whole.ema)):
+    for ours, theirs in ((resumed.model, whole.model), (resumed.ema or {}, whole.ema or {})):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (resumed.ema is None) == ("--no-ema" in more)
+    ours, theirs = (x.training["optimizer"]["state"] for x in (resumed, whole))
+    for number, state in theirs.items():
+        assert all(torch.equal(ours[number][key], value) for key, value in state.items())
+    assert resumed.training["lr_scheduler"] == whole.training["lr_scheduler"]
     losses = [
         [
             r["loss"]
@@ -622,6 +634,31 @@ def test_wandb_online_without_login_is_a_user_error(world, tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     argv = train_argv(world, tmp_path / "out", "--epochs", 1, "--wandb", "online")
     assert "not logged in" in error_of(train.main, argv)
+
+
+def test_wandb_out_of_reach_keeps_the_run_offline(tmp_path, monkeypatch, capsys):
+    """Logged in, but the service doesn't answer."""
+    import wandb
+
+    from tracking import Tracker
+
+    real, modes = wandb.init, []
+
+    def init(mode, **options):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no connection")
+        return real(mode=mode, **options)
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr(wandb, "init", init)
+    tracker = Tracker("auto", "p", "n", tmp_path, {})
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish()
+    assert modes == ["online", "offline"]
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert "wandb: offline" in capsys.readouterr().out
 
 
 def test_failing_tracker_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
