@@ -37,7 +37,7 @@ QUICK = {
     "fd": 8,
     "sweep": "--scale_min 1 --scale_max 3 --scale_step 2 --num_seeds 1",
 }
-SAMPLER = "--scheduler dpmpp --num_inference_steps 20"
+SAMPLER = "--scheduler ddpm --num_inference_steps 12"
 SAMPLING = f"{SAMPLER} --guidance_scale 3"
 
 

@@ -105,8 +105,9 @@ def test_samplers_are_compared_and_draws_kept(trained, tmp_path, monkeypatch):
     noise = replace(checkpoint.config.noise, num_train_timesteps=100)
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, noise=noise))
     save_checkpoint(tmp_path / "100.pth", checkpoint)
-    monkeypatch.setattr(sampling_steps, "LONG", {"ddpm": (20,), "ddim": (10, 7)})
-    monkeypatch.setattr(sampling_steps, "SOLVERS", {"dpmpp": (5,)})
+    steps = {"ddpm": (20,), "ddim": (10, 7), "dpmpp": (5,)}
+    monkeypatch.setattr(sampling_steps, "STEPS", steps)
+    monkeypatch.setattr(sampling_steps, "LONG", 20)
     argv = ["--ckpt_path", tmp_path / "100.pth", "--data_dir", data, "--output_dir", tmp_path,
             "--device", "cpu", "--num_seeds", 2, "--num_fd_samples", 4, "--rounds", 1,
             "--timed_pictures", 1]  # fmt: skip
