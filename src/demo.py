@@ -1,6 +1,6 @@
 """The whole job on a machine with nothing but Python: data, training, test, sweep.
 
-    python src/demo.py                 # under 20 minutes on 2 CPU cores
+    python src/demo.py                 # 12 minutes on 2 CPU cores
     python src/demo.py --quick         # the same stages in miniature, to see that they work
     python src/demo.py --pretrained    # straight to pictures, by the network that comes with it
 
