@@ -1054,4 +1054,4 @@ def test_demo_stages_are_commands_that_parse():
         config, _ = train.read_config(["--recipe", "small", "--dry_run"])
         flags = f"--ckpt_path x {demo.SAMPLER} {size['sweep']}"
         sweep = guidance_scale.parse_args(guidance_scale.SweepConfig, flags.split())
-        assert test.check_steps(config.noise, sweep.sampling) == 20
+        assert test.check_steps(config.noise, sweep.sampling) == 12
