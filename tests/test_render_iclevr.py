@@ -15,6 +15,7 @@ from PIL import Image
 
 import render_iclevr
 from config import UserError
+from files import lock_folder
 from render_iclevr import (
     NAMES,
     PICTURES,
@@ -220,6 +221,15 @@ def test_resumes_after_sigkill(tmp_path: Path):
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     main(flags(tmp_path / "whole", 120))
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_second_renderer_in_the_folder_is_refused(tmp_path: Path):
+    lock = lock_folder(tmp_path, "")
+    with pytest.raises(UserError, match=f"process {os.getpid()} .* works here"):
+        main(flags(tmp_path, 1))
+    assert not (tmp_path / "iclevr").exists()
+    lock.release()
+    main(flags(tmp_path, 1))
 
 
 def test_a_picture_is_whole_or_absent(tmp_path: Path, monkeypatch):
