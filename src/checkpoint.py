@@ -61,8 +61,9 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
         try:
             with open(temporary, "wb") as file:  # given the path, torch wouldn't know the cause
                 torch.save(content, file)
-        except RuntimeError as error:  # torch's complaint about what the disk refused
-            raise error.__context__ or error from None
+        except RuntimeError as error:  # torch's, on top of what the disk refused
+            refused = isinstance(error.__context__, OSError)
+            raise error.__context__ if refused else OSError(str(error).splitlines()[0]) from None
         whole = zipfile.is_zipfile(temporary)
         if not whole or damaged_part(temporary):
             raise OSError("what was written came out damaged; check the disk")

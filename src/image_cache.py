@@ -67,7 +67,7 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
         try:
             np.load(path, mmap_mode="r")
             return path
-        except (OSError, ValueError) as error:  # cut short, after it was written
+        except (OSError, ValueError, EOFError) as error:  # cut short, after it was written
             print(f"warning: {path}: damaged ({error}); decoding again", file=sys.stderr)
 
     remove_left_overs(cache_dir, older_than_s=24 * 3600)  # younger ones may be still in the making

@@ -486,7 +486,7 @@ def _draw_sheet(config: RenderConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(RenderConfig, argv)
-    _made_here(config)
+    _made_here(config)  # a folder of something else gets no lock, either
     make_folder(config.out_dir)
     lock = lock_folder(config.out_dir, "wait for it or choose another --out_dir")
     try:

@@ -59,7 +59,7 @@ class Tracker:
                     init_timeout=60,
                     finish_timeout=300,
                     finish_timeout_raises=True,
-                ),  # fmt: skip
+                ),
             )
             try:
                 self.run = wandb.init(mode=mode, **options)

@@ -700,7 +700,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     best = -1.0
     if best_path.exists():
         try:
-            best = load_checkpoint(best_path).training["best"]
+            best = load_checkpoint(best_path).training.get("best", -1.0)
         except DamagedFileError as error:
             print(f"warning: {error}; the next best replaces it", file=sys.stderr)
     since, timed_from = time.perf_counter(), state.step

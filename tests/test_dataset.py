@@ -230,10 +230,11 @@ def test_an_absurdly_large_picture_is_refused_before_it_is_decoded(world, monkey
     assert (20, 15) in decoded and (9000, 1) not in decoded
 
 
-def test_a_cache_cut_short_is_made_again(world, capsys):
+@pytest.mark.parametrize("left", [-100, 60, 0])
+def test_a_cache_cut_short_is_made_again(world, capsys, left):
     whole = IclevrDataset(world, world / "iclevr", "train", 8)
     images = np.array(whole.images)
-    whole.cache.write_bytes(whole.cache.read_bytes()[:-100])
+    whole.cache.write_bytes(whole.cache.read_bytes()[:left])
     again = IclevrDataset(world, world / "iclevr", "train", 8)
     assert (again.images == images).all()
     assert "damaged" in capsys.readouterr().err

@@ -603,6 +603,19 @@ def test_second_run_into_the_folder_is_refused(trained):
     assert "no checkpoint" in error_of(train.main, ["--resume", output / "x"])
 
 
+@pytest.mark.parametrize(
+    "harm", [{"optimizer": 3}, {"optimizer": {}}, {"losses": 3}, {"losses": [3]}]
+)
+def test_what_a_stranger_says_of_the_optimiser_is_checked(trained, tmp_path, harm):
+    data, _, path = trained
+    checkpoint = load_checkpoint(path)
+    strange = tmp_path / "r" / "checkpoints" / "model_epoch_4.pth"
+    save_checkpoint(strange, replace(checkpoint, training=checkpoint.training | harm))
+    argv = ["--resume", tmp_path / "r", "--data_dir", data, "--epochs", 9]
+    message = error_of(train.main, argv)
+    assert message.startswith(f"{strange}: what it holds of the optimiser doesn't fit")
+
+
 def test_resume_auto_starts_where_there_is_nothing_to_go_on_from(world, tmp_path, capsys):
     argv = train_argv(world, tmp_path, "--epochs", 1, "--resume", "auto")
     path = train.main(argv)
