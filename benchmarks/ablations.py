@@ -31,7 +31,7 @@ from config import (
 )
 from files import atomic_write, make_folder, read_json
 from intervals import Interval, mean_interval
-from train import latest_checkpoint
+from resume import latest_checkpoint
 
 BASE = "small"
 VARIANTS = {

@@ -45,7 +45,7 @@ from figures import save_figure
 from files import atomic_write, make_folder, read_json, write_json
 from intervals import Interval
 from model import stages
-from train import latest_checkpoint
+from resume import latest_checkpoint
 
 TOY = "--recipe small --image_size 16 --patch_size 1 --num_train_timesteps 20 --preview_steps 5"
 SAMPLING = "--scheduler dpmpp --num_inference_steps 12 --num_fd_samples 0 --wandb disabled"

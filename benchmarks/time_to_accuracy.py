@@ -35,7 +35,7 @@ from config import (
 from figures import save_figure
 from files import atomic_write, make_folder
 from intervals import Interval
-from train import checkpoints
+from resume import checkpoints
 
 FLAGS = {
     "original": "--recipe original --no-ema --mixed_precision no",

@@ -23,8 +23,8 @@ from evaluator import git_blob_hash, require_evaluator
 from files import read_json, write_json
 from intervals import mean_interval
 from metrics import record
+from resume import latest_whole_checkpoint
 from scoring import Draw, draw_splits, open_bench
-from train import latest_whole_checkpoint
 
 PROBED_STEPS = 100
 NEVER = 1000000

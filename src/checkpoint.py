@@ -1,5 +1,6 @@
 """Checkpoints: plain dicts of tensors and settings, read without running code from the file."""
 
+import errno
 import pickle
 import zipfile
 from dataclasses import dataclass, fields
@@ -147,7 +148,10 @@ def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") ->
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}; {remedy}") from None
+        broken = error.errno == errno.EIO  # the disk can't give it back: as good as damaged
+        raise (DamagedFileError if broken else UserError)(
+            f"{path}: can't be read: {error.strerror or error}; {remedy}"
+        ) from None
     except pickle.UnpicklingError:
         raise DamagedFileError(
             f"{path}: damaged, or would run code when read, which is refused; {remedy}"

@@ -282,6 +282,11 @@ class TrainConfig(Settings):
     noise: SchedulerConfig = field(default_factory=SchedulerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self.output_dir / self.run_name
+
 
 RECIPES: dict[RecipeName, TrainConfig] = {
     "original": TrainConfig(),

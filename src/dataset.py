@@ -283,7 +283,7 @@ class IclevrDataset(Dataset):
         image_size: int = 64,
         cache_dir: Path | None = None,
     ):
-        self.mode = mode
+        self.mode, self.data_dir = mode, Path(data_dir)
         self.objects = read_objects(data_dir)
         if mode == "train":
             cache_dir = Path(cache_dir or Path(data_dir) / ".cache")

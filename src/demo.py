@@ -22,6 +22,7 @@ import test
 import train
 from config import ROOT, Settings, UserError, parse_args, run
 from files import read_json, write_json
+from resume import latest_checkpoint, latest_whole_checkpoint
 
 FULL = {
     "sequences": 2500,
@@ -111,11 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = f"--run_name {name} {output_flag} {data_flag} --max_train_steps {size['steps']}"
     flags += " --save_interval 1 --sample_interval 2 --preview_steps 25 --wandb offline"
     flags += " --recipe small"
-    found = train.latest_whole_checkpoint(run_dir)
+    found = latest_whole_checkpoint(run_dir)
     done = found is not None and found.checkpoint.step >= size["steps"]
     stages.run(train, flags + (" --resume auto" if found and not done else ""), done)
 
-    checkpoint = train.latest_checkpoint(run_dir)
+    checkpoint = latest_checkpoint(run_dir)
     common = f"--ckpt_path {shlex.quote(str(checkpoint))} {data_flag} --wandb offline"
     common += f" --num_fd_samples {size['fd']}"
     results = f"--output_dir {shlex.quote(str(output / 'result'))}"

@@ -19,13 +19,14 @@ from config import UserError
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder that replaces `path` when the block succeeds.
 
-    A crash, a kill or a full disk in between leaves the old file, or none, never half a file.
+    A crash, a kill or a full disk in between leaves the old file, or none, never half a file; an
+    error leaves no new folder either.
 
     Raises:
         UserError: the folder can't be written to, or the disk is full.
     """
     path = Path(path)
-    temporary = None
+    temporary, missing = None, _missing(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The suffix stays last: writers such as Pillow choose the format by it.
@@ -44,6 +45,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        _remove_empty(missing)
 
 
 def make_folder(path: Path) -> None:
@@ -58,6 +60,19 @@ def make_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{path}: can't be written to: {error.strerror}; name another") from None
+
+
+def check_folder(path: Path) -> None:
+    """Find out whether `make_folder` would succeed; nothing is left behind.
+
+    Raises:
+        UserError: as there.
+    """
+    missing = _missing(path)
+    try:
+        make_folder(path)
+    finally:
+        _remove_empty(missing)
 
 
 def remove_left_overs(folder: Path, older_than_s: float = 0) -> None:
@@ -107,6 +122,18 @@ def read_json(path: Path, remedy: str = "check the path") -> Any:
         raise UserError(f"{path}: can't be read: {error.strerror}; {remedy}") from None
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
+
+
+def _missing(folder: Path) -> list[Path]:
+    """A folder and those above it, as far as they don't exist, the innermost first."""
+    return [path for path in (Path(folder), *Path(folder).parents) if not os.path.exists(path)]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Delete folders up to the first one that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _umask() -> int:

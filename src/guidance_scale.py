@@ -30,7 +30,7 @@ from config import (
 from dataset import SPLITS
 from diffusion import check_steps
 from figures import save_figure
-from files import atomic_write, make_folder, write_json
+from files import atomic_write, check_folder, make_folder, write_json
 from intervals import Interval, mean_interval
 from metrics import COUNTS, SHARES, record, summarise
 from realism import frechet_floor
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seeds = list(range(config.seed, config.seed + config.num_seeds))
     bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
     steps = check_steps(bench.checkpoint.config.noise, config.sampling)
-    make_folder(config.output_dir)
+    check_folder(config.output_dir)
     config = replace(config, num_fd_samples=fd_samples(config, bench))
     if config.num_fd_samples:
         bench = with_reference(bench)

@@ -34,7 +34,7 @@ from dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
 from diffusion import check_steps, picture_seeds, sample
 from evaluator import IMAGE_SIZE, evaluate
 from figures import confusion_chart, grid, pairs, save_image, strip
-from files import atomic_write, make_folder, read_json, write_json
+from files import atomic_write, check_folder, make_folder, read_json, write_json
 from intervals import Interval, mean_interval
 from metrics import confusion_shares, paired_difference, record, summarise, table
 from realism import frechet_floor, nearest
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     sampling = replace(config.sampling, num_inference_steps=steps)
     config = replace(config, sampling=sampling)
     run_folder = config.output_dir / bench.run_name
-    make_folder(run_folder)
+    check_folder(run_folder)
     if config.prompt is not None:
         return draw_prompt(bench, config, run_folder)
     config = replace(config, num_fd_samples=fd_samples(config, bench))

@@ -15,18 +15,18 @@ import copy
 import hashlib
 import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import processes
@@ -37,15 +37,8 @@ from checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from config import RECIPES, SamplingConfig, TrainConfig, UserError, parse_args, run, to_dict
-from dataset import (
-    DataPaths,
-    IclevrDataset,
-    find_data,
-    get_dataloader,
-    read_conditions,
-    read_objects,
-)
+from config import TrainConfig, UserError, run, to_dict
+from dataset import IclevrDataset, find_data, get_dataloader, read_objects
 from device import autocast, autocast_dtype, pick_device
 from diffusion import (
     check_steps,
@@ -53,27 +46,24 @@ from diffusion import (
     draw_timesteps,
     drop_labels,
     make_scheduler,
-    picture_seeds,
-    sample,
     scale,
     training_loss,
 )
-from evaluator import Evaluator, evaluate, load_evaluator
-from figures import grid, save_image
-from files import atomic_write, lock_folder, make_folder, remove_left_overs, write_json
-from metrics import record, summarise
+from evaluator import load_evaluator
+from files import (
+    atomic_write,
+    check_folder,
+    lock_folder,
+    make_folder,
+    remove_left_overs,
+    write_json,
+)
 from model import DiffusionModel, summary, zero_init
 from optimizer import make_optimizer
-from realism import draw_conditions, frechet_distance, load_reference
+from preview import Preview, preview_sampling
+from resume import Source, checkpoints, latest_checkpoint, read_config
+from stop_signal import Stopped, StopSignal
 from tracking import Tracker
-
-# What may differ from the interrupted run when going on: how long, where, and what is shown.
-FREE_ON_RESUME = {
-    "recipe", "resume", "epochs", "max_train_steps", "max_skipped_steps", "output_dir",
-    "run_name", "save_interval", "sample_interval", "log_interval", "keep_last", "keep_best",
-    "num_workers", "device", "compile", "wandb", "wandb_project", "dry_run", "data", "preview",
-    "gradient_accumulation_steps",
-}  # fmt: skip
 
 
 @dataclass
@@ -124,130 +114,6 @@ class TrainState:
                 f"{why}); resume from another checkpoint"
             ) from None
         self.step = checkpoint.step
-
-
-class Source(NamedTuple):
-    """A checkpoint that was read, and its file."""
-
-    path: Path
-    checkpoint: Checkpoint
-
-
-def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]:
-    """Flags, and the checkpoint of --resume or --init_from.
-
-    On resuming, flags default to the checkpoint's settings; with --init_from, network and noise
-    schedule default to its. --resume auto starts afresh where there is nothing to go on from.
-
-    Raises:
-        UserError: nothing to resume, a setting that can't change on the way, or a run folder
-            that is in use already.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    plain = [flag for flag in argv if flag not in ("-h", "--help")]  # its defaults: the recipe's
-    config = parse_args(TrainConfig, plain)
-    default = RECIPES[config.recipe]
-    resuming = config.resume is not None
-    if config.resume == "auto" and not latest_checkpoint(config.output_dir / config.run_name):
-        resuming = False
-    if config.init_from and not resuming:
-        source = Source(config.init_from, load_checkpoint(config.init_from))
-        start = source.checkpoint.config
-        default = replace(default, model=start.model, noise=start.noise)
-        config = parse_args(TrainConfig, argv, default=default)
-        for kind in ("model", "noise"):
-            for name, value in vars(getattr(start, kind)).items():
-                if (given := getattr(getattr(config, kind), name)) != value:
-                    raise UserError(
-                        f"--{name} {given}: {config.init_from} was trained with {value}; "
-                        "leave the flag out"
-                    )
-    else:
-        source = None
-        config = parse_args(TrainConfig, argv, default=default)
-    run_dir = config.output_dir / config.run_name
-    if config.dry_run:
-        return config, None
-    if not resuming:
-        if latest_checkpoint(run_dir):
-            raise UserError(
-                f"{run_dir}: holds a run already; go on with --resume auto, "
-                "or choose another --run_name"
-            )
-        if config.resume:
-            print(f"--resume auto: no checkpoint in {run_dir}: starting afresh")
-        return replace(config, resume=None), source
-    given = run_dir if config.resume == "auto" else Path(config.resume)
-    if given.is_file():
-        source = Source(given, load_checkpoint(given))
-    else:
-        source = latest_whole_checkpoint(given)
-    if source is None:
-        raise UserError(f"--resume {config.resume}: no checkpoint in {given / 'checkpoints'}")
-    path, checkpoint = source
-    if path.absolute().parent.name != "checkpoints":
-        raise UserError(f"--resume {config.resume}: must lie in a run's folder, in checkpoints/")
-    run_dir = path.absolute().parents[1]  # go on where the checkpoint lies
-    if given.is_file() and path.absolute() != latest_checkpoint(run_dir):
-        raise UserError(
-            f"--resume {config.resume}: {run_dir} holds later checkpoints; move them away first"
-        )
-    if not checkpoint.training:
-        raise UserError(
-            f"--resume {config.resume}: {path} comes from src/export.py, without the optimiser's "
-            "state; resume from a checkpoint of src/train.py"
-        )
-    stored = checkpoint.config
-    config = parse_args(TrainConfig, argv, default=stored)
-    for name in vars(stored):
-        if name not in FREE_ON_RESUME and getattr(config, name) != getattr(stored, name):
-            raise UserError(
-                f"--{name} {getattr(config, name)}: {path} was trained with "
-                f"{getattr(stored, name)}; leave the flag out or start another --run_name"
-            )
-    return replace(config, output_dir=run_dir.parent, run_name=run_dir.name), source
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints in a run folder, by epoch."""
-    found = {
-        int(path.stem.rsplit("_", 1)[1]): path
-        for path in (run_dir / "checkpoints").glob("model_epoch_*.pth")
-        if path.stem.rsplit("_", 1)[1].isdigit()
-    }
-    return [found[epoch] for epoch in sorted(found)]
-
-
-def resumable(run_dir: Path) -> list[Path]:
-    """What a run can go on from, the last is the best choice.
-
-    best.pth is the first: it may be all there is of a run that was killed early.
-    """
-    best = run_dir / "checkpoints" / "best.pth"
-    return [best] * best.exists() + checkpoints(run_dir)
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint of the highest epoch in a run folder, or None."""
-    return next(reversed(resumable(run_dir)), None)
-
-
-def latest_whole_checkpoint(run_dir: Path) -> Source | None:
-    """The latest one that can be read; says which damaged ones it passes over.
-
-    Raises:
-        UserError: there are some, but all are damaged, or one can't be read for another reason.
-    """
-    error = None
-    for path in reversed(resumable(run_dir)):
-        try:
-            return Source(path, load_checkpoint(path))
-        except DamagedFileError as caught:
-            error = error or caught
-            print(f"warning: {caught}; looking for an earlier one", file=sys.stderr)
-    if error is not None:
-        raise error
-    return None
 
 
 @torch.no_grad()
@@ -410,86 +276,33 @@ def build_state(config: TrainConfig, total_steps: int, device: torch.device) -> 
     )
 
 
-def preview_sampling(config: TrainConfig) -> SamplingConfig:
-    """How previews are drawn."""
-    return SamplingConfig(
-        scheduler="ddim",
-        num_inference_steps=config.preview.preview_steps,
-        guidance_scale=config.preview.preview_guidance_scale,
-        mixed_precision=config.mixed_precision,
-    )
-
-
-class Preview:
-    """Draws the test conditions with the current weights, always from the same noise."""
-
-    def __init__(
-        self, config: TrainConfig, paths: DataPaths, objects: dict, judge: Evaluator | None
-    ):
-        _, self.labels = read_conditions(paths.data_dir, "test", objects)
-        self.seeds = picture_seeds(config.seed, len(self.labels))
-        self.noise = config.noise
-        self.sampling = preview_sampling(config)
-        self.judge = judge
-        self.seed, self.fd_samples = config.seed, config.preview.preview_fd_samples
-        if self.fd_samples:
-            if judge is None:
-                raise UserError("--preview_fd_samples: needs a judge; name one with --evaluator")
-            self.reference = load_reference(paths, judge)
-            if processes.is_main():
-                _ = self.reference.features  # now: what fails should not fail hours later
-        if config.keep_best and judge is None:
-            raise UserError("--keep_best: needs a judge; name one with --evaluator")
-
-    def __call__(self, model: DiffusionModel, path: Path) -> dict[str, Any]:
-        """Write the grid; returns what to log, in the first process."""
-        images, _ = sample(model, self.noise, self.labels, self.seeds, self.sampling)
-        many = None
-        if self.fd_samples:
-            labels = draw_conditions(self.reference, self.fd_samples, self.seed)
-            seeds = picture_seeds(self.seed, self.fd_samples, purpose=2)
-            many, _ = sample(model, self.noise, labels, seeds, self.sampling)
-        picture = grid(images)
-        if not processes.is_main():
-            return {}
-        save_image(picture, path)
-        values: dict[str, Any] = {"preview": picture}
-        if self.judge is not None:
-            values["judge"] = self.judge.name
-            figures = summarise([record(evaluate(self.judge, images, self.labels))])
-            values |= {f"preview_{name}": interval.mean for name, interval in figures.items()}
-        if many is not None:
-            values["preview_frechet_distance"] = frechet_distance(
-                self.reference.features, self.judge.features(many)
-            )
-        return values
-
-
-def previewed(run_dir: Path, step: int) -> bool:
-    """Whether metrics.jsonl tells of a preview after this step."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return any(Metrics.step(line) == step and '"picture"' in line for line in lines)
-
-
 class Metrics:
-    """metrics.jsonl, one line a record; on resuming, lines of lost steps are taken out."""
+    """metrics.jsonl: a line of JSON for each record, {"step": ...}."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path):
         self.path = path
-        if path.exists() and processes.is_main():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if self.step(line) <= step]
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
-    @staticmethod
-    def step(line: str) -> float:
-        """The step that a line is about; infinite if it can't be read."""
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):  # cut short by a kill or a full disk
-            return math.inf
+    def lines(self) -> list[tuple[float, str]]:
+        """Each line with its step, which is infinite where a kill or a full disk cut it short."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        found = []
+        for line in text.splitlines():
+            try:
+                found.append((json.loads(line)["step"], line))
+            except (ValueError, TypeError, KeyError):
+                found.append((math.inf, line))
+        return found
+
+    def has_preview(self, step: int) -> bool:
+        """Whether there is a preview of the network after this step."""
+        return any(at == step and '"picture"' in line for at, line in self.lines())
+
+    def cut(self, step: int) -> None:
+        """Take out the lines of later steps, which were lost and will be taken again."""
+        if self.path.exists():
+            kept = "".join(f"{line}\n" for at, line in self.lines() if at <= step)
+            with atomic_write(self.path) as temporary:
+                temporary.write_text(kept, encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         try:
@@ -499,62 +312,308 @@ class Metrics:
             raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
 
 
-class Stopped(Exception):
-    """A preview was cut short by a signal."""
+class Trainer:
+    """A training from its first step, or a checkpoint, to its last: steps, files, previews.
 
-
-class StopSignal:
-    """Ctrl-C and SIGTERM end training after the current step; a second one ends it at once.
-
-    Within a second it still counts as the first: a terminal or a scheduler signals every process,
-    and torch's launcher passes on what it got itself.
+    Args:
+        config: all settings.
+        loader: batches of x_0 (n, 3, H, W) in [-1, 1] and labels (n, K), n being this process's
+            share.
+        objects: name -> index in the labels.
+        preview: draws the test conditions.
     """
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.since = 0.0
-        self.at_once = False
-        """Raise `Stopped` where the work is, which can be cut short."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        loader: DataLoader,
+        objects: dict[str, int],
+        preview: Preview,
+        device: torch.device,
+    ):
+        self.config, self.loader, self.objects, self.preview = config, loader, objects, preview
+        self.device, self.dtype = device, autocast_dtype(config.mixed_precision, device)
+        self.run_dir = config.run_dir
+        self.metrics = Metrics(self.run_dir / "metrics.jsonl")
+        self.data_key = data_key(loader.dataset)
+        self.steps_per_epoch = len(loader)
+        self.batch_size = loader.batch_sampler.batch_size
+        self.total_steps = min(
+            config.epochs * self.steps_per_epoch, config.max_train_steps or sys.maxsize
+        )
+        self.scheduler = make_scheduler(config.noise)
+        self.state = build_state(config, self.total_steps, device)
+        self.saved: Path | None = None
+        """The last checkpoint."""
+        self.saved_step = 0
+        self.save_due = False
+        self.stop = StopSignal()
+        self.preview_owed = False
+        """A preview is due and has not been drawn."""
+        self.best = -1.0
+        """The highest accuracy of a preview so far."""
+        self.shown: dict[str, str] = {}
+        """What stands behind the progress bar."""
 
-    def agreed(self) -> bool:
-        """Whether any process has been told to stop, since when all of them are."""
-        if number := processes.largest(self.number or 0):
-            self.number = number
-        return number != 0
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last step, from 1."""
+        return math.ceil(self.state.step / self.steps_per_epoch)
 
-    def __enter__(self) -> "StopSignal":
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._note)
-        return self
+    @property
+    def done(self) -> bool:
+        return self.state.step >= self.total_steps
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def resume(self, source: Source) -> None:
+        """Take over everything from a checkpoint of this run.
 
-    def _note(self, number: int, _: object) -> None:
-        if self.number is not None:
-            if time.monotonic() > self.since + 1:
-                sys.exit(128 + number)
-            return
-        self.number, self.since = number, time.monotonic()
+        Raises:
+            UserError: it is of other pictures, not of this network, or of the last step.
+        """
+        path, checkpoint = source
+        known = (checkpoint.objects, checkpoint.training.get("data"))
+        if known != (self.objects, self.data_key):
+            raise UserError(
+                f"{path}: was trained on other pictures than {self.loader.dataset.data_dir} holds "
+                "now; name its --data_dir or start another --run_name"
+            )
+        self.state.load(checkpoint, path)
+        if processes.from_main(self.state.step) != self.state.step:
+            raise UserError(
+                f"{path}: the first process goes on from another step; do all of them see "
+                "the same --output_dir?"
+            )
+        if not processes.is_main():  # the parts of all processes add up to these
+            self.state.losses = [torch.zeros_like(loss) for loss in self.state.losses]
+        drawn = processes.from_main(self.metrics.has_preview(self.state.step))
+        self.preview_owed = self.preview_due() and not drawn
+        if self.done and not self.preview_owed:
+            limited = self.total_steps == self.config.max_train_steps
+            raise UserError(
+                f"{path}: all {self.state.step} steps are done; raise "
+                f"{'--max_train_steps' if limited else '--epochs'} to go on"
+            )
+        self.saved, self.saved_step = path, self.state.step
+        best = self.run_dir / "checkpoints" / "best.pth"
+        if best.exists():
+            try:
+                self.best = load_checkpoint(best).training.get("best", self.best)
+            except DamagedFileError as error:
+                print(f"warning: {error}; the next best replaces it", file=sys.stderr)
+
+    def train(self) -> Path:
+        """Take the steps that are left; returns the last checkpoint.
+
+        Ctrl-C and SIGTERM end it, after a checkpoint, with exit code 130 or 143.
+
+        Raises:
+            UserError: a file can't be written, or too many steps had to be skipped.
+        """
         if processes.is_main():
-            print("\nstopping after this step; once more stops at once", file=sys.stderr)
-        if self.at_once and processes.world_size() == 1:  # else the others would wait for ever
-            raise Stopped
+            write_json(self.run_dir / "config.json", to_dict(self.config))
+            self.metrics.cut(self.state.step)
+        state, config = self.state, self.config
+        self.tracker = Tracker(
+            config.wandb, config.wandb_project, config.run_name, self.run_dir, to_dict(config)
+        )
+        self.restart_clock()
+        with (
+            self.stop,
+            tqdm(
+                total=self.total_steps, initial=state.step, desc="train", unit="step",
+                disable=not processes.is_main(),
+            ) as self.bar,
+        ):  # fmt: skip
+            if self.preview_owed and not self.stop.agreed():
+                self.draw_preview()
+            while not self.done and not self.stop.agreed():
+                self.train_epoch()
+                self.save_due |= self.epoch % config.save_interval == 0
+                # While the network gives NaN, that waits: the last good checkpoint stays the last.
+                steady = not state.skipped[1]
+                if self.stop.agreed() or self.done or (self.save_due and steady):
+                    self.save()
+                self.preview_owed = self.preview_due()
+                if self.preview_owed and not self.stop.agreed():
+                    self.draw_preview()
+            if state.step != self.saved_step:  # stopped while a preview was drawn
+                self.save()
+        self.tracker.finish()
+        if self.stop.number is not None and (not self.done or self.preview_owed):
+            print(
+                f"stopped at step {state.step}, saved {self.saved}; go on with the same command "
+                "and --resume auto", file=sys.stderr,
+            )  # fmt: skip
+            sys.exit(128 + self.stop.number)
+        return self.saved
+
+    def train_epoch(self) -> None:
+        """Take the steps that are left of the epoch, fewer when told to stop or at the end."""
+        config, state = self.config, self.state
+        self.loader.batch_sampler.set_position(*divmod(state.step, self.steps_per_epoch))
+        state.model.train()
+        for x_0, labels in self.loader:
+            x_0 = x_0.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            lr = state.lr_scheduler.get_last_lr()[0]
+            loss, grad_norm = train_step(
+                state, config, self.scheduler, x_0, labels, self.dtype, self.batch_size
+            )
+            state.losses.append(loss)
+            self.bar.update()
+            if state.step % config.log_interval == 0 or self.done:
+                self.log_losses(lr, grad_norm)
+            if self.stop.agreed() or self.done:
+                break
+
+    def log_losses(self, lr: float, grad_norm: Tensor) -> None:
+        """Log the steps since the last time; the only place where a step waits for the device."""
+        skipped = self.check_skipped(self.config.max_skipped_steps)
+        finite = [loss for loss in self.whole_losses().tolist() if math.isfinite(loss)]
+        loss = sum(finite) / len(finite) if finite else math.nan
+        seconds = time.perf_counter() - self.since
+        images_per_s = (self.state.step - self.timed_from) * self.batch_size / seconds
+        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
+                  "images_per_s": images_per_s, "seconds": seconds,
+                  "skipped_steps": skipped}  # fmt: skip
+        if self.device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.log({name: value for name, value in values.items() if math.isfinite(value)})
+        self.shown |= {"loss": f"{loss:.4f}", "lr": f"{lr:.1e}", "img/s": f"{images_per_s:.0f}"}
+        if skipped:
+            self.shown["skipped"] = str(skipped)
+        self.bar.set_postfix(self.shown)
+        self.state.losses = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Time steps from here on, without the preview or whatever came before."""
+        self.since, self.timed_from = time.perf_counter(), self.state.step
+
+    def whole_losses(self) -> Tensor:
+        """(steps,) of the whole batch, of which every process knows its part."""
+        losses = self.state.losses
+        return processes.total(torch.stack(losses)) if losses else torch.zeros(0)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """To Weights & Biases; numbers and text to metrics.jsonl, too."""
+        if processes.is_main():
+            state = self.state
+            self.tracker.log(values, state.step)
+            kept = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
+            self.metrics.write(
+                {"step": state.step, "epoch": state.step / self.steps_per_epoch} | kept
+            )
+
+    def check_skipped(self, limit: int) -> int:
+        """How many steps were skipped so far.
+
+        Raises:
+            UserError: the last `limit` of them were.
+        """
+        total, in_a_row = map(int, self.state.skipped.tolist())  # waits for the device
+        if in_a_row >= limit:
+            raise UserError(
+                f"the last {in_a_row} steps before step {self.state.step} had NaN or infinite "
+                "gradients and were skipped: start another --run_name with a lower --lr, or bf16 "
+                f"instead of fp16; last checkpoint: {self.saved or 'none'}"
+            )
+        return total
+
+    def save(self) -> None:
+        """Write the epoch's checkpoint, and delete those that --keep_last has no room for."""
+        # A few skipped steps harm nothing; but no run ends well with a network that gives NaN.
+        limit = self.config.max_skipped_steps
+        self.check_skipped(min(limit, 10) if self.done else limit)
+        path = self.run_dir / "checkpoints" / f"model_epoch_{self.epoch}.pth"
+        self.write_checkpoint(path)
+        self.saved, self.saved_step, self.save_due = path, self.state.step, False
+        if self.config.keep_last and processes.is_main() and not self.state.skipped[1]:
+            # Those up to this one: later ones are damaged, and will be written again.
+            known = checkpoints(self.run_dir)
+            for old in known[: known.index(path) + 1][: -self.config.keep_last]:
+                old.unlink()
+
+    def write_checkpoint(self, path: Path) -> None:
+        losses = self.whole_losses()  # of all processes, each has to take part
+        if not processes.is_main():
+            return
+        state = self.state
+        save_checkpoint(
+            path,
+            Checkpoint(
+                replace(self.config, resume=None),
+                self.objects,
+                state.model.state_dict(),
+                state.ema.state_dict() if state.ema else None,
+                state.step // self.steps_per_epoch,
+                state.step,
+                state.training_state()
+                | {"data": self.data_key, "losses": list(losses), "best": self.best},
+            ),
+        )
+
+    def preview_due(self) -> bool:
+        """Whether a preview belongs to the step just taken."""
+        epoch, batches = divmod(self.state.step, self.steps_per_epoch)
+        whole = batches == 0 and epoch > 0
+        last = self.state.step == self.total_steps
+        return last or (whole and epoch % self.config.sample_interval == 0)
+
+    def draw_preview(self) -> None:
+        """Draw the test conditions; if a signal cuts it short, it is owed when the run goes on."""
+        name = f"samples/epoch_{self.epoch}.png"
+        try:
+            self.stop.at_once = True
+            values = self.preview(self.state.ema or self.state.model, self.run_dir / name)
+        except Stopped:
+            return
+        finally:
+            self.stop.at_once = False
+        accuracy = processes.from_main(values.get("preview_accuracy"))
+        if accuracy is not None:
+            self.shown["preview"] = f"{accuracy:.3f}"
+            if self.config.keep_best and accuracy > self.best:
+                self.best = accuracy
+                self.write_checkpoint(self.run_dir / "checkpoints" / "best.pth")
+        self.log(values | {"picture": name})
+        self.preview_owed = False
+        self.restart_clock()
+
+
+@contextlib.contextmanager
+def own_folder(run_dir: Path, latest: Path | None) -> Iterator[None]:
+    """Keep other trainings out of a run's folder, and tidy up what an interrupted one has left.
+
+    Args:
+        latest: its latest checkpoint as far as this process knows.
+
+    Raises:
+        UserError: another process works there, or has since `latest` was found.
+    """
+    with contextlib.ExitStack() as stack:
+        if processes.is_main():
+            stack.callback(lock_folder(run_dir, "choose another --run_name").release)
+            if latest_checkpoint(run_dir) != latest:
+                raise UserError(
+                    f"{run_dir}: another process has trained here since this one started; "
+                    "start again"
+                )
+            for folder in (run_dir, run_dir / "checkpoints", run_dir / "samples"):
+                remove_left_overs(folder)
+        processes.wait_for_all()
+        yield
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
     """Train; returns the path of the last checkpoint."""
     config, source = read_config(argv)
-    resumed_from = source.path if source and config.resume else None
     if config.dry_run:
         print(summary(config.model))
         return None
-    run_dir = config.output_dir / config.run_name
-    latest = latest_checkpoint(run_dir)
+    run_dir, latest = config.run_dir, latest_checkpoint(config.run_dir)
     device = pick_device(config.device)
-    dtype = autocast_dtype(config.mixed_precision, device)
+    # All that is quick to find out comes first, then the pictures.
     paths = find_data(config.data)
     check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
     with torch.device("meta"):
@@ -569,223 +628,41 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if config.compile:
         check_compiler(device)
     check_shares(config, config.batch_size)
-    make_folder(run_dir)  # all that is quick to find out is known: now the pictures
+    check_folder(run_dir)
     loader = get_dataloader(
         paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
         config.model.image_size, config.seed, config.horizontal_flip,
         cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    steps_per_epoch, batch_size = len(loader), loader.batch_sampler.batch_size
-    check_shares(config, batch_size)
-    total_steps = min(config.epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
-    state = build_state(config, total_steps, device)
-
-    def preview_due() -> bool:
-        epoch, batches = divmod(state.step, steps_per_epoch)
-        whole = batches == 0 and state.step > 0
-        return state.step == total_steps or (whole and epoch % config.sample_interval == 0)
-
-    owed = False  # a preview that is due and has not been drawn
-    if resumed_from:
-        checkpoint = source.checkpoint
-        if (checkpoint.objects, checkpoint.training.get("data")) != (
-            objects,
-            data_key(loader.dataset),
-        ):
-            raise UserError(
-                f"{resumed_from}: was trained on other pictures than {paths.data_dir} holds now; "
-                "name its --data_dir or start another --run_name"
-            )
-        state.load(checkpoint, resumed_from)
-        if processes.from_main(state.step) != state.step:
-            raise UserError(
-                f"{resumed_from}: the first process goes on from another step; do all of them see "
-                "the same --output_dir?"
-            )
-        owed = preview_due() and not processes.from_main(previewed(run_dir, state.step))
-        if state.step >= total_steps and not owed:
-            limit = "--max_train_steps" if total_steps == config.max_train_steps else "--epochs"
-            raise UserError(
-                f"{resumed_from}: all {state.step} steps are done; raise {limit} to go on"
-            )
-    elif config.init_from:
+    check_shares(config, loader.batch_sampler.batch_size)
+    trainer = Trainer(config, loader, objects, Preview(config, paths, objects, judge), device)
+    state = trainer.state
+    if config.resume:
+        trainer.resume(source)
+    elif source:
         start_from(state, source, objects)
-        print(f"start: weights of {config.init_from}, recipe {config.recipe} for the training")
+        print(f"start: weights of {source.path}, recipe {config.recipe} for the training")
+    del source  # memory is the training's
     if config.compile:
         state.model.compile()  # in place: names of weights stay as they are
-    preview = Preview(config, paths, objects, judge)
 
-    lock = contextlib.ExitStack()
-    if processes.is_main():
-        lock.callback(lock_folder(run_dir, "choose another --run_name").release)
-        if latest_checkpoint(run_dir) != latest:
-            raise UserError(
-                f"{run_dir}: another process has trained here since this one started; start again"
-            )
-        for folder in (run_dir, run_dir / "checkpoints", run_dir / "samples"):
-            remove_left_overs(folder)
-        write_json(run_dir / "config.json", to_dict(config))
-    processes.wait_for_all()
-    metrics = Metrics(run_dir / "metrics.jsonl", state.step)
-    print(f"data: {len(loader.dataset)} pictures, {paths.image_dir}")
-    print(
-        f"judge: {judge.name}, {judge.path}" if judge else "judge: none, previews get no accuracy"
-    )
-    print(f"run: {run_dir}, {device}, {dtype or torch.float32}, step {state.step} of {total_steps}")
-    if processes.world_size() > 1:
-        print(f"processes: {processes.world_size()}, each with its share of {batch_size} pictures")
-    tracker = Tracker(config.wandb, config.wandb_project, config.run_name, run_dir, to_dict(config))
-
-    def check_skipped(limit: int) -> int:
-        """Steps skipped so far; stops if the last `limit` were."""
-        total, in_a_row = map(int, state.skipped.tolist())  # waits for the device
-        if in_a_row >= limit:
-            raise UserError(
-                f"the last {in_a_row} steps before step {state.step} had NaN or infinite gradients "
-                "and were skipped: start another --run_name with a lower --lr, or bf16 instead of "
-                f"fp16; last checkpoint: {saved or 'none'}"
-            )
-        return total
-
-    def save(name: str | None = None) -> Path:
-        # A few skipped steps harm nothing; but no run ends well with a network that gives NaN.
-        limit = config.max_skipped_steps
-        check_skipped(min(limit, 10) if state.step == total_steps else limit)
-        name = name or f"model_epoch_{math.ceil(state.step / steps_per_epoch)}.pth"
-        path = run_dir / "checkpoints" / name
-        logged_later = whole_batch(losses)
-        if not processes.is_main():
-            return path
-        save_checkpoint(
-            path,
-            Checkpoint(
-                replace(config, resume=None),
-                objects,
-                state.model.state_dict(),
-                state.ema.state_dict() if state.ema else None,
-                state.step // steps_per_epoch,
-                state.step,
-                state.training_state()
-                | {"data": data_key(loader.dataset), "losses": list(logged_later), "best": best},
-            ),
+    make_folder(run_dir)
+    with own_folder(run_dir, latest):
+        print(f"data: {len(loader.dataset)} pictures, {paths.image_dir}")
+        if judge:
+            print(f"judge: {judge.name}, {judge.path}")
+        else:
+            print("judge: none, previews get no accuracy")
+        print(
+            f"run: {run_dir}, {device}, {trainer.dtype or torch.float32}, "
+            f"step {state.step} of {trainer.total_steps}"
         )
-        steady = not state.skipped[1]
-        if config.keep_last and steady and path in (known := checkpoints(run_dir)):
-            # Those up to this one: later ones are damaged, and will be written again.
-            for old in known[: known.index(path) + 1][: -config.keep_last]:
-                old.unlink()
-        return path
-
-    def whole_batch(losses: list[Tensor]) -> Tensor:
-        """Each step's loss, of which every process knows its part."""
-        return processes.total(torch.stack(losses)) if losses else torch.zeros(0)
-
-    def log(values: dict[str, Any]) -> None:
-        if not processes.is_main():
-            return
-        tracker.log(values, state.step)
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
-        metrics.write({"step": state.step, "epoch": state.step / steps_per_epoch} | numbers)
-
-    scheduler = make_scheduler(config.noise)
-    shown: dict[str, str] = {}
-    saved, saved_step, save_due = resumed_from, state.step, False
-    losses = state.losses
-    if resumed_from:
-        if not processes.is_main():  # the parts of all processes add up to these
-            losses = [torch.zeros_like(loss) for loss in losses]
-        del checkpoint
-    source = None  # memory is the training's
-    best_path = run_dir / "checkpoints" / "best.pth"
-    best = -1.0
-    if best_path.exists():
-        try:
-            best = load_checkpoint(best_path).training.get("best", -1.0)
-        except DamagedFileError as error:
-            print(f"warning: {error}; the next best replaces it", file=sys.stderr)
-    since, timed_from = time.perf_counter(), state.step
-
-    def draw_preview() -> None:
-        """Draw the test conditions; cut short by a signal, when the run goes on."""
-        nonlocal owed, best, since, timed_from
-        name = f"samples/epoch_{math.ceil(state.step / steps_per_epoch)}.png"
-        try:
-            stop.at_once = True
-            values = preview(state.ema or state.model, run_dir / name)
-        except Stopped:
-            return
-        finally:
-            stop.at_once = False
-        accuracy = processes.from_main(values.get("preview_accuracy"))
-        if accuracy is not None:
-            shown["preview"] = f"{accuracy:.3f}"
-            if config.keep_best and accuracy > best:
-                best = accuracy
-                save("best.pth")
-        log(values | {"picture": name})
-        owed, since, timed_from = False, time.perf_counter(), state.step
-
-    with (
-        lock,
-        StopSignal() as stop,
-        tqdm(
-            total=total_steps, initial=state.step, desc="train", unit="step",
-            disable=not processes.is_main(),
-        ) as bar,
-    ):  # fmt: skip
-        if owed and not stop.agreed():
-            draw_preview()
-        while state.step < total_steps and not stop.agreed():
-            epoch, batch = divmod(state.step, steps_per_epoch)
-            loader.batch_sampler.set_position(epoch, batch)
-            state.model.train()
-            for x_0, labels in loader:
-                x_0 = x_0.to(device, memory_format=torch.channels_last, non_blocking=True)
-                labels = labels.to(device, non_blocking=True)
-                lr = state.lr_scheduler.get_last_lr()[0]
-                loss, grad_norm = train_step(
-                    state, config, scheduler, x_0, labels, dtype, batch_size
-                )
-                losses.append(loss)
-                bar.update()
-                if state.step % config.log_interval == 0 or state.step == total_steps:
-                    skipped = check_skipped(config.max_skipped_steps)
-                    of_steps = whole_batch(losses).tolist()
-                    finite = [value for value in of_steps if math.isfinite(value)]
-                    loss = sum(finite) / len(finite) if finite else None
-                    seconds = time.perf_counter() - since
-                    images_per_s = (state.step - timed_from) * batch_size / seconds
-                    values = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
-                              "images_per_s": images_per_s, "seconds": seconds,
-                              "skipped_steps": skipped}  # fmt: skip
-                    if device.type == "cuda":
-                        values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-                    log({k: v for k, v in values.items() if v is not None and math.isfinite(v)})
-                    shown |= {"loss": f"{loss:.4f}" if finite else "NaN", "lr": f"{lr:.1e}",
-                              "img/s": f"{images_per_s:.0f}"}  # fmt: skip
-                    if skipped:
-                        shown["skipped"] = str(skipped)
-                    bar.set_postfix(shown)
-                    losses = []
-                    since, timed_from = time.perf_counter(), state.step
-                if stop.agreed() or state.step == total_steps:
-                    break
-            done = state.step == total_steps
-            epoch = math.ceil(state.step / steps_per_epoch)
-            save_due = save_due or epoch % config.save_interval == 0
-            # While the network gives NaN, that waits: the last good checkpoint stays the last.
-            if stop.agreed() or done or (save_due and not state.skipped[1]):
-                saved, saved_step, save_due = save(), state.step, False
-            owed = preview_due()
-            if owed and not stop.agreed():
-                draw_preview()
-        if state.step != saved_step:  # stopped while a preview was drawn
-            saved = save()
-    tracker.finish()
-    if stop.number is not None and (state.step < total_steps or owed):
-        print(f"stopped at step {state.step}, saved {saved}; go on with the same command and "
-              "--resume auto", file=sys.stderr)  # fmt: skip
-        sys.exit(128 + stop.number)
+        if processes.world_size() > 1:
+            print(
+                f"processes: {processes.world_size()}, each with its share of "
+                f"{trainer.batch_size} pictures"
+            )
+        saved = trainer.train()
     print(f"saved {saved}")
     return saved
 

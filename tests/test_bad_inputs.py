@@ -374,9 +374,12 @@ def arguments(case: Case, files: dict[str, Path]) -> list[str]:
 
 
 def tree(files: dict[str, Path]) -> dict[str, tuple[int, int]]:
-    """Every file, its size and time."""
-    paths = [p for p in files["data"].parent.rglob("*") if p.is_file()]
-    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in paths}
+    """Every file, its size and time; and every folder."""
+    found = {}
+    for path in files["data"].parent.rglob("*"):
+        is_file = path.is_file()
+        found[str(path)] = (path.stat().st_size, path.stat().st_mtime_ns) if is_file else (0, 0)
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,7 +20,7 @@ from config import (
     to_dict,
 )
 from device import autocast_dtype, pick_device
-from files import atomic_write, read_json, write_json
+from files import atomic_write, check_folder, read_json, write_json
 from intervals import accuracy_interval, mean_interval, proportion_interval
 
 
@@ -129,6 +129,31 @@ def test_atomic_write_leaves_the_old_file_on_failure(tmp_path):
     with open(path) as reader:  # whoever reads the old file keeps it whole
         write_json(path, 2)
         assert reader.read() == "1\n" and read_json(path) == 2
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    """Else a power failure could leave the new name with nothing behind it."""
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def noted(*args, real=real, name=name):
+            order.append((name, (tmp_path / "a.json").exists()))
+            return real(*args)
+
+        monkeypatch.setattr(os, name, noted)
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert order == [("fsync", False), ("replace", False)]
+
+
+def test_a_folder_is_checked_without_being_left_behind(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").touch()
+    for path in (tmp_path / "a" / "b", tmp_path / "old" / "c", tmp_path / "old"):
+        check_folder(path)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["old", "old/file"]
+    with pytest.raises(UserError, match="can't be written to"):
+        check_folder(tmp_path / "old" / "file" / "c")
 
 
 def test_unwritable_folder_is_named(tmp_path):

@@ -18,6 +18,7 @@ from PIL import Image
 import processes
 import train
 from checkpoint import load_checkpoint
+from resume import latest_checkpoint
 
 
 def launched(script: str, argv: list, count: int = 2) -> subprocess.Popen:
@@ -62,7 +63,7 @@ def losses_of(run_dir: Path) -> list[float]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Weights, average and loss curve agree but for rounding."""
-    first, second = (load_checkpoint(train.latest_checkpoint(x)) for x in (a, b))
+    first, second = (load_checkpoint(latest_checkpoint(x)) for x in (a, b))
     assert first.step == second.step
     for ours, theirs in ((first.model, second.model), (first.ema, second.ema)):
         for name, value in theirs.items():
@@ -109,7 +110,7 @@ def test_killed_processes_go_on_as_another_number_of_them(single, tmp_path):
                    "--sample_interval", 1)  # fmt: skip
     process = launched("train.py", argv)
     deadline = time.monotonic() + 120
-    while not (found := train.latest_checkpoint(tmp_path / "r")):
+    while not (found := latest_checkpoint(tmp_path / "r")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     # The launcher's children; each lives in a group of its own.
@@ -135,7 +136,7 @@ def test_sigterm_to_one_stops_all_after_the_same_step(single, tmp_path):
     psutil.Process(process.pid).children()[-1].terminate()
     code, _, err = finished(process, timeout=90)
     assert code != 0
-    checkpoint = load_checkpoint(train.latest_checkpoint(tmp_path / "r"))
+    checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "r"))
     assert checkpoint.step == len(losses_of(tmp_path / "r"))
     assert f"stopped at step {checkpoint.step}, saved" in err and "--resume auto" in err
 

@@ -19,6 +19,7 @@ from conftest import SMALL_NETWORK, SRC, write_world
 
 import train
 from checkpoint import load_checkpoint
+from resume import latest_checkpoint, latest_whole_checkpoint
 
 KILLS = ("while it writes", "at random", "SIGTERM", "while it writes", "at random")
 
@@ -50,7 +51,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
     steps, codes = [0], []
     for how in KILLS:
         argv = flags_of(world, tmp_path / "killed")
-        argv += ["--resume", "auto"] if train.latest_checkpoint(run_dir) else []
+        argv += ["--resume", "auto"] if latest_checkpoint(run_dir) else []
         process = subprocess.Popen(
             [sys.executable, str(SRC / "train.py"), *argv],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -68,12 +69,12 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
             break
         assert alive, error
         assert process.returncode == (143 if how == "SIGTERM" else -signal.SIGKILL), error
-        steps.append(train.latest_whole_checkpoint(run_dir).checkpoint.step)
+        steps.append(latest_whole_checkpoint(run_dir).checkpoint.step)
         assert steps[-1] > steps[-2]  # every life gets further
     assert len(codes) > 2, "it was never killed"
     if codes[-1]:
         train.main([*flags_of(world, tmp_path / "killed"), "--resume", "auto"])
-    end = load_checkpoint(train.latest_checkpoint(run_dir))
+    end = load_checkpoint(latest_checkpoint(run_dir))
     assert end.step == whole.step == 240
     for ours, theirs in ((end.model, whole.model), (end.ema, whole.ema)):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -126,7 +127,7 @@ def test_training_goes_on_when_the_service_of_wandb_is_killed(world, tmp_path):
     assert process.returncode == 0, error
     assert error.count("warning: wandb stopped") == 1
     assert "Traceback" not in error
-    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 240
+    assert load_checkpoint(latest_checkpoint(tmp_path / "r")).step == 240
 
 
 def train_on_a_small_disk(disk: Path, kib: int, argv: list[str]) -> subprocess.CompletedProcess:
@@ -181,4 +182,4 @@ def test_training_goes_on_when_the_disk_of_wandbs_files_is_full(world, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: wandb stopped (No space left on device)") == 1
     assert "Traceback" not in done.stderr
-    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 240
+    assert load_checkpoint(latest_checkpoint(tmp_path / "r")).step == 240

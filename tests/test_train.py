@@ -1,6 +1,7 @@
 """Training, testing and the sweep on a tiny world, through the scripts' own main()."""
 
 import csv
+import errno
 import functools
 import json
 import os
@@ -22,13 +23,15 @@ import guidance_scale
 import test
 import train
 import train_evaluator
-from checkpoint import load_checkpoint, load_model, save_checkpoint
+from checkpoint import damaged_part, load_checkpoint, load_model, save_checkpoint
 from config import RECIPES, DataConfig, SamplingConfig, TrainConfig, UserError
 from diffusion import picture_seeds, sample
 from evaluator import build_evaluator, evaluate, load_evaluator
 from files import lock_folder
 from guidance_scale import indistinguishable, summarise_sweep, verdict
+from resume import checkpoints, latest_checkpoint, latest_whole_checkpoint, read_config
 from scoring import Draw
+from stop_signal import StopSignal
 from train import update_ema
 
 
@@ -121,7 +124,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
         patch.setattr(train, "train_step", stop_after_5)
         train.main(parts)
     assert stopped.value.code == 143
-    stored = load_checkpoint(train.latest_checkpoint(tmp_path / "b" / "r"))
+    stored = load_checkpoint(latest_checkpoint(tmp_path / "b" / "r"))
     assert stored.step == 5
     # What was logged after the checkpoint is gone from the metrics after resuming.
     with open(tmp_path / "b" / "r" / "metrics.jsonl", "a") as file:
@@ -168,7 +171,7 @@ def test_stopping_during_a_preview_loses_nothing(world, tmp_path):
         patch.setattr(train.Preview, "__call__", stopped_preview)
         train.main(argv)
     assert stopped.value.code == 130
-    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 3
+    assert load_checkpoint(latest_checkpoint(tmp_path / "r")).step == 3
     # It is drawn when the run goes on; so is the last one, after which no step is left.
     argv = ["--output_dir", str(tmp_path), "--run_name", "r", "--resume", "auto"]
 
@@ -225,6 +228,27 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(world, tmp_path, caps
     assert all(torch.equal(again.model[name], whole.model[name]) for name in whole.model)
     damage_middle(path)
     assert "misses its checksum" in error_of(train.main, argv)
+
+
+def test_a_checkpoint_that_the_disk_cannot_give_back_counts_as_damaged(
+    world, tmp_path, capsys, monkeypatch
+):
+    train.main(train_argv(world, tmp_path, "--epochs", 2, "--save_interval", 1))
+    real, number = damaged_part, errno.EIO
+
+    def bad_sector(path):
+        if path.name == "model_epoch_2.pth":
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    monkeypatch.setattr("checkpoint.damaged_part", bad_sector)
+    found = latest_whole_checkpoint(tmp_path / "r")
+    assert found.path.name == "model_epoch_1.pth"
+    warning = capsys.readouterr().err
+    assert "model_epoch_2.pth: can't be read: Input/output error" in warning
+    number = errno.EACCES  # a matter of rights: going on from an older one would lose steps
+    with pytest.raises(UserError, match="model_epoch_2.pth: can't be read: Permission denied"):
+        latest_whole_checkpoint(tmp_path / "r")
 
 
 def test_a_checkpoint_that_comes_out_damaged_leaves_the_old_one(trained, tmp_path, monkeypatch):
@@ -423,12 +447,12 @@ def test_many_nan_in_a_row_stop_with_the_last_good_checkpoint(world, tmp_path):
         message = error_of(train.main, [*argv, "--max_skipped_steps", 4])
     assert "the last 4 steps before step 8 had NaN" in message
     assert "model_epoch_1.pth" in message  # none is written within the streak
-    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).step == 3
+    assert load_checkpoint(latest_checkpoint(tmp_path / "r")).step == 3
     argv = ["--output_dir", str(tmp_path), "--run_name", "r", "--resume", "auto"]
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, range(5))  # steps 4 to 8: past the end of epoch 2
         train.main([*argv, "--max_skipped_steps", "9", "--save_interval", "2"])
-    assert [path.name for path in train.checkpoints(tmp_path / "r")] == [
+    assert [path.name for path in checkpoints(tmp_path / "r")] == [
         f"model_epoch_{epoch}.pth" for epoch in (1, 3, 4, 6, 8, 9)
     ]  # that of epoch 2 was put off
 
@@ -456,7 +480,7 @@ def test_diverged_training_stops_and_saves_nothing(world, tmp_path):
                       "--save_interval", 1)  # fmt: skip
     message = error_of(train.main, argv)
     assert "had NaN or infinite gradients" in message and "--lr" in message
-    assert train.latest_checkpoint(tmp_path / "r") is None
+    assert latest_checkpoint(tmp_path / "r") is None
 
 
 def test_bad_preview_steps_are_named_at_once(world, tmp_path):
@@ -489,12 +513,12 @@ def test_a_run_that_another_process_has_begun_meanwhile_is_left_alone(world, tmp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "get_dataloader", overtaken)
         assert "another process has trained here" in error_of(train.main, argv)
-    assert load_checkpoint(train.latest_checkpoint(tmp_path / "r")).config.seed == 1
+    assert load_checkpoint(latest_checkpoint(tmp_path / "r")).config.seed == 1
     assert json.loads((tmp_path / "r" / "config.json").read_text())["seed"] == 1
 
 
 def test_a_second_signal_stops_at_once_but_not_an_echo_of_the_first():
-    with train.StopSignal() as stop:
+    with StopSignal() as stop:
         for _ in range(2):  # as a launcher and its whole group get it
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed()
@@ -1051,12 +1075,12 @@ def test_best_scale_and_its_equals():
 
 
 def test_recipe_sets_what_no_flag_says():
-    config, _ = train.read_config(["--dry_run", "--recipe", "small", "--lr", "0.5"])
+    config, _ = read_config(["--dry_run", "--recipe", "small", "--lr", "0.5"])
     small = RECIPES["small"]
     assert config == replace(small, lr=0.5, dry_run=True)
     assert config.model.patch_size == 2 and config.noise.prediction_type == "v_prediction"
-    original, _ = train.read_config(["--dry_run", "--recipe", "original"])
-    assert original == train.read_config(["--dry_run"])[0] == TrainConfig(dry_run=True)
+    original, _ = read_config(["--dry_run", "--recipe", "original"])
+    assert original == read_config(["--dry_run"])[0] == TrainConfig(dry_run=True)
     for name, recipe in RECIPES.items():
         assert recipe.recipe == name
         train.DiffusionModel(recipe.model)
@@ -1064,7 +1088,7 @@ def test_recipe_sets_what_no_flag_says():
 
 def test_demo_stages_are_commands_that_parse():
     for size in (demo.QUICK, demo.FULL):
-        config, _ = train.read_config(["--recipe", "small", "--dry_run"])
+        config, _ = read_config(["--recipe", "small", "--dry_run"])
         flags = f"--ckpt_path x {demo.SAMPLER} {size['sweep']}"
         sweep = guidance_scale.parse_args(guidance_scale.SweepConfig, flags.split())
         assert test.check_steps(config.noise, sweep.sampling) == 12

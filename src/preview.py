@@ -1,0 +1,69 @@
+"""Pictures of the test conditions, drawn and scored while a network trains."""
+
+from pathlib import Path
+from typing import Any
+
+import processes
+from config import SamplingConfig, TrainConfig, UserError
+from dataset import DataPaths, read_conditions
+from diffusion import picture_seeds, sample
+from evaluator import Evaluator, evaluate
+from figures import grid, save_image
+from metrics import record, summarise
+from model import DiffusionModel
+from realism import draw_conditions, frechet_distance, load_reference
+
+
+def preview_sampling(config: TrainConfig) -> SamplingConfig:
+    """How previews are drawn."""
+    return SamplingConfig(
+        scheduler="ddim",
+        num_inference_steps=config.preview.preview_steps,
+        guidance_scale=config.preview.preview_guidance_scale,
+        mixed_precision=config.mixed_precision,
+    )
+
+
+class Preview:
+    """Draws the test conditions with the current weights, always from the same noise."""
+
+    def __init__(
+        self, config: TrainConfig, paths: DataPaths, objects: dict, judge: Evaluator | None
+    ):
+        _, self.labels = read_conditions(paths.data_dir, "test", objects)
+        self.seeds = picture_seeds(config.seed, len(self.labels))
+        self.noise = config.noise
+        self.sampling = preview_sampling(config)
+        self.judge = judge
+        self.seed, self.fd_samples = config.seed, config.preview.preview_fd_samples
+        if self.fd_samples:
+            if judge is None:
+                raise UserError("--preview_fd_samples: needs a judge; name one with --evaluator")
+            self.reference = load_reference(paths, judge)
+            if processes.is_main():
+                _ = self.reference.features  # now: what fails should not fail hours later
+        if config.keep_best and judge is None:
+            raise UserError("--keep_best: needs a judge; name one with --evaluator")
+
+    def __call__(self, model: DiffusionModel, path: Path) -> dict[str, Any]:
+        """Write the grid; returns what to log, in the first process."""
+        images, _ = sample(model, self.noise, self.labels, self.seeds, self.sampling)
+        many = None
+        if self.fd_samples:
+            labels = draw_conditions(self.reference, self.fd_samples, self.seed)
+            seeds = picture_seeds(self.seed, self.fd_samples, purpose=2)
+            many, _ = sample(model, self.noise, labels, seeds, self.sampling)
+        picture = grid(images)
+        if not processes.is_main():
+            return {}
+        save_image(picture, path)
+        values: dict[str, Any] = {"preview": picture}
+        if self.judge is not None:
+            values["judge"] = self.judge.name
+            figures = summarise([record(evaluate(self.judge, images, self.labels))])
+            values |= {f"preview_{name}": interval.mean for name, interval in figures.items()}
+        if many is not None:
+            values["preview_frechet_distance"] = frechet_distance(
+                self.reference.features, self.judge.features(many)
+            )
+        return values

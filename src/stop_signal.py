@@ -1,0 +1,52 @@
+"""Ctrl-C and SIGTERM, put off until what was begun is done."""
+
+import signal
+import sys
+import time
+
+import processes
+
+
+class Stopped(Exception):
+    """A preview was cut short by a signal."""
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM end training after the current step; a second one ends it at once.
+
+    Within a second it still counts as the first: a terminal or a scheduler signals every process,
+    and torch's launcher passes on what it got itself.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.since = 0.0
+        self.at_once = False
+        """Raise `Stopped` where the work is, which can be cut short."""
+
+    def agreed(self) -> bool:
+        """Whether any process has been told to stop, since when all of them are."""
+        if number := processes.largest(self.number or 0):
+            self.number = number
+        return number != 0
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.number is not None:
+            if time.monotonic() > self.since + 1:
+                sys.exit(128 + number)
+            return
+        self.number, self.since = number, time.monotonic()
+        if processes.is_main():
+            print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        if self.at_once and processes.world_size() == 1:  # else the others would wait for ever
+            raise Stopped
