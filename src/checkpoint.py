@@ -21,7 +21,7 @@ PRETRAINED = ROOT / "data" / "standin" / "model.pth"
 
 
 class DamagedFileError(UserError):
-    """A file that can be opened, but is not whole or never was of this kind."""
+    """A file that is not whole, that the disk can't give back, or that never was of this kind."""
 
 
 @dataclass(frozen=True)

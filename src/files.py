@@ -26,7 +26,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         UserError: the folder can't be written to, or the disk is full.
     """
     path = Path(path)
-    temporary, missing = None, _missing(path.parent)
+    temporary = None
+    missing = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The suffix stays last: writers such as Pillow choose the format by it.
@@ -40,12 +41,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror or error}") from error
-    finally:
+    except BaseException as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        _remove_empty(missing)
+        for folder in missing:  # the innermost first
+            with contextlib.suppress(OSError):  # it holds something, or was never made
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: can't be written: {error.strerror or error}") from error
+        raise
 
 
 def make_folder(path: Path) -> None:
@@ -63,16 +67,17 @@ def make_folder(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Find out whether `make_folder` would succeed; nothing is left behind.
+    """Find out whether `make_folder` would succeed, without making anything.
 
     Raises:
-        UserError: as there.
+        UserError: what there is of the path can't be written to.
     """
-    missing = _missing(path)
+    there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     try:
-        make_folder(path)
-    finally:
-        _remove_empty(missing)
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: can't be written to: {error.strerror}; name another") from None
 
 
 def remove_left_overs(folder: Path, older_than_s: float = 0) -> None:
@@ -122,18 +127,6 @@ def read_json(path: Path, remedy: str = "check the path") -> Any:
         raise UserError(f"{path}: can't be read: {error.strerror}; {remedy}") from None
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
-
-
-def _missing(folder: Path) -> list[Path]:
-    """A folder and those above it, as far as they don't exist, the innermost first."""
-    return [path for path in (Path(folder), *Path(folder).parents) if not os.path.exists(path)]
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Delete folders up to the first one that holds something."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 def _umask() -> int:

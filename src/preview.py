@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import processes
-from config import SamplingConfig, TrainConfig, UserError
+from config import SamplingConfig, TrainConfig
 from dataset import DataPaths, read_conditions
 from diffusion import picture_seeds, sample
 from evaluator import Evaluator, evaluate
@@ -25,7 +25,11 @@ def preview_sampling(config: TrainConfig) -> SamplingConfig:
 
 
 class Preview:
-    """Draws the test conditions with the current weights, always from the same noise."""
+    """Draws the test conditions with the current weights, always from the same noise.
+
+    Args:
+        judge: scores the pictures; may be None if config asks for no Frechet distance.
+    """
 
     def __init__(
         self, config: TrainConfig, paths: DataPaths, objects: dict, judge: Evaluator | None
@@ -37,16 +41,12 @@ class Preview:
         self.judge = judge
         self.seed, self.fd_samples = config.seed, config.preview.preview_fd_samples
         if self.fd_samples:
-            if judge is None:
-                raise UserError("--preview_fd_samples: needs a judge; name one with --evaluator")
             self.reference = load_reference(paths, judge)
             if processes.is_main():
                 _ = self.reference.features  # now: what fails should not fail hours later
-        if config.keep_best and judge is None:
-            raise UserError("--keep_best: needs a judge; name one with --evaluator")
 
     def __call__(self, model: DiffusionModel, path: Path) -> dict[str, Any]:
-        """Write the grid; returns what to log, in the first process."""
+        """Draw with all processes; the first writes the grid and returns what to log."""
         images, _ = sample(model, self.noise, self.labels, self.seeds, self.sampling)
         many = None
         if self.fd_samples:

@@ -36,9 +36,9 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
             that is in use already.
     """
     argv = sys.argv[1:] if argv is None else argv
-    plain = [flag for flag in argv if flag not in ("-h", "--help")]  # its defaults: the recipe's
-    config = parse_args(TrainConfig, plain)
-    default = RECIPES[config.recipe]
+    # --help waits for its defaults, which are the recipe's.
+    config = parse_args(TrainConfig, [flag for flag in argv if flag not in ("-h", "--help")])
+    default, source = RECIPES[config.recipe], None
     resuming = config.resume is not None
     if config.resume == "auto" and not latest_checkpoint(config.run_dir):
         resuming = False
@@ -55,21 +55,29 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
                         "leave the flag out"
                     )
     else:
-        source = None
         config = parse_args(TrainConfig, argv, default=default)
-    run_dir = config.run_dir
     if config.dry_run:
         return config, None
-    if not resuming:
-        if latest_checkpoint(run_dir):
-            raise UserError(
-                f"{run_dir}: holds a run already; go on with --resume auto, "
-                "or choose another --run_name"
-            )
-        if config.resume:
-            print(f"--resume auto: no checkpoint in {run_dir}: starting afresh")
-        return replace(config, resume=None), source
-    given = run_dir if config.resume == "auto" else Path(config.resume)
+    if resuming:
+        return go_on(config, argv)
+    if latest_checkpoint(config.run_dir):
+        raise UserError(
+            f"{config.run_dir}: holds a run already; go on with --resume auto, "
+            "or choose another --run_name"
+        )
+    if config.resume:
+        print(f"--resume auto: no checkpoint in {config.run_dir}: starting afresh")
+    return replace(config, resume=None), source
+
+
+def go_on(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, Source]:
+    """The checkpoint that --resume names, and flags with its settings as defaults.
+
+    Raises:
+        UserError: there is none, it holds no training to go on with, later ones are there, or a
+            flag changes what can't change on the way.
+    """
+    given = config.run_dir if config.resume == "auto" else Path(config.resume)
     if given.is_file():
         source = Source(given, load_checkpoint(given))
     else:
@@ -120,7 +128,7 @@ def resumable(run_dir: Path) -> list[Path]:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint of the highest epoch in a run folder, or None."""
+    """The last of `resumable`, or None."""
     return next(reversed(resumable(run_dir)), None)
 
 

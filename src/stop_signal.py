@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, put off until what was begun is done."""
+"""Ctrl-C and SIGTERM, put off until the step that was begun is done."""
 
 import signal
 import sys
@@ -21,11 +21,15 @@ class StopSignal:
     def __init__(self) -> None:
         self.number: int | None = None
         self.since = 0.0
+        """When the first signal came."""
         self.at_once = False
-        """Raise `Stopped` where the work is, which can be cut short."""
+        """While true, the first signal raises `Stopped` right away (in a single process)."""
 
     def agreed(self) -> bool:
-        """Whether any process has been told to stop, since when all of them are."""
+        """Whether any process has been told to stop, since when all of them are.
+
+        All processes have to ask, at the same point.
+        """
         if number := processes.largest(self.number or 0):
             self.number = number
         return number != 0

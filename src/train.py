@@ -81,7 +81,7 @@ class TrainState:
     """(2,) on the device: steps skipped for NaN or infinite gradients, in all and in a row."""
     step: int = 0
     losses: list[Tensor] = field(default_factory=list)
-    """Of the steps since the last line of metrics.jsonl, where training goes on."""
+    """(), this process's part of each step's loss, since the last line of metrics.jsonl."""
 
     def training_state(self) -> dict[str, Any]:
         return {
@@ -297,7 +297,7 @@ class Metrics:
         """Whether there is a preview of the network after this step."""
         return any(at == step and '"picture"' in line for at, line in self.lines())
 
-    def cut(self, step: int) -> None:
+    def drop_after(self, step: int) -> None:
         """Take out the lines of later steps, which were lost and will be taken again."""
         if self.path.exists():
             kept = "".join(f"{line}\n" for at, line in self.lines() if at <= step)
@@ -315,12 +315,16 @@ class Metrics:
 class Trainer:
     """A training from its first step, or a checkpoint, to its last: steps, files, previews.
 
+    Of several processes all call the same methods in the same order, as these exchange data; the
+    first one writes.
+
     Args:
         config: all settings.
         loader: batches of x_0 (n, 3, H, W) in [-1, 1] and labels (n, K), n being this process's
             share.
         objects: name -> index in the labels.
         preview: draws the test conditions.
+        device: where the network trains.
     """
 
     def __init__(
@@ -352,8 +356,11 @@ class Trainer:
         """A preview is due and has not been drawn."""
         self.best = -1.0
         """The highest accuracy of a preview so far."""
+        self.tracker: Tracker
+        self.bar: tqdm
         self.shown: dict[str, str] = {}
         """What stands behind the progress bar."""
+        self.restart_clock()
 
     @property
     def epoch(self) -> int:
@@ -368,7 +375,7 @@ class Trainer:
         """Take over everything from a checkpoint of this run.
 
         Raises:
-            UserError: it is of other pictures, not of this network, or of the last step.
+            UserError: it is of other pictures, not of this network, or no step is left.
         """
         path, checkpoint = source
         known = (checkpoint.objects, checkpoint.training.get("data"))
@@ -394,12 +401,6 @@ class Trainer:
                 f"{'--max_train_steps' if limited else '--epochs'} to go on"
             )
         self.saved, self.saved_step = path, self.state.step
-        best = self.run_dir / "checkpoints" / "best.pth"
-        if best.exists():
-            try:
-                self.best = load_checkpoint(best).training.get("best", self.best)
-            except DamagedFileError as error:
-                print(f"warning: {error}; the next best replaces it", file=sys.stderr)
 
     def train(self) -> Path:
         """Take the steps that are left; returns the last checkpoint.
@@ -411,7 +412,9 @@ class Trainer:
         """
         if processes.is_main():
             write_json(self.run_dir / "config.json", to_dict(self.config))
-            self.metrics.cut(self.state.step)
+            self.metrics.drop_after(self.state.step)
+            self.best = best_accuracy(self.run_dir)
+        self.best = processes.from_main(self.best)
         state, config = self.state, self.config
         self.tracker = Tracker(
             config.wandb, config.wandb_project, config.run_name, self.run_dir, to_dict(config)
@@ -430,8 +433,7 @@ class Trainer:
                 self.train_epoch()
                 self.save_due |= self.epoch % config.save_interval == 0
                 # While the network gives NaN, that waits: the last good checkpoint stays the last.
-                steady = not state.skipped[1]
-                if self.stop.agreed() or self.done or (self.save_due and steady):
+                if self.stop.agreed() or self.done or (self.save_due and not state.skipped[1]):
                     self.save()
                 self.preview_owed = self.preview_due()
                 if self.preview_owed and not self.stop.agreed():
@@ -467,7 +469,7 @@ class Trainer:
                 break
 
     def log_losses(self, lr: float, grad_norm: Tensor) -> None:
-        """Log the steps since the last time; the only place where a step waits for the device."""
+        """Log the steps since the last line; of the steps, only this waits for the device."""
         skipped = self.check_skipped(self.config.max_skipped_steps)
         finite = [loss for loss in self.whole_losses().tolist() if math.isfinite(loss)]
         loss = sum(finite) / len(finite) if finite else math.nan
@@ -531,11 +533,13 @@ class Trainer:
         if self.config.keep_last and processes.is_main() and not self.state.skipped[1]:
             # Those up to this one: later ones are damaged, and will be written again.
             known = checkpoints(self.run_dir)
-            for old in known[: known.index(path) + 1][: -self.config.keep_last]:
+            until = known.index(path) + 1 if path in known else 0
+            for old in known[:until][: -self.config.keep_last]:
                 old.unlink()
 
     def write_checkpoint(self, path: Path) -> None:
-        losses = self.whole_losses()  # of all processes, each has to take part
+        """Write everything that `resume` takes over."""
+        losses = self.whole_losses()  # of all processes
         if not processes.is_main():
             return
         state = self.state
@@ -554,7 +558,7 @@ class Trainer:
         )
 
     def preview_due(self) -> bool:
-        """Whether a preview belongs to the step just taken."""
+        """Whether a preview belongs to the current step."""
         epoch, batches = divmod(self.state.step, self.steps_per_epoch)
         whole = batches == 0 and epoch > 0
         last = self.state.step == self.total_steps
@@ -579,6 +583,16 @@ class Trainer:
         self.log(values | {"picture": name})
         self.preview_owed = False
         self.restart_clock()
+
+
+def best_accuracy(run_dir: Path) -> float:
+    """Of the preview that best.pth was kept for; -1 if there is none."""
+    path = run_dir / "checkpoints" / "best.pth"
+    try:
+        return load_checkpoint(path).training.get("best", -1.0) if path.exists() else -1.0
+    except DamagedFileError as error:
+        print(f"warning: {error}; the next best replaces it", file=sys.stderr)
+        return -1.0
 
 
 @contextlib.contextmanager
@@ -625,6 +639,12 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             f"{config.model.num_classes}; set --num_classes {len(objects)}"
         )
     judge = load_evaluator(paths.evaluator, objects, device) if paths.evaluator else None
+    for flag, wanted in (
+        ("--keep_best", config.keep_best),
+        ("--preview_fd_samples", config.preview.preview_fd_samples),
+    ):
+        if wanted and judge is None:
+            raise UserError(f"{flag}: needs a judge; name one with --evaluator")
     if config.compile:
         check_compiler(device)
     check_shares(config, config.batch_size)
@@ -634,7 +654,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         config.model.image_size, config.seed, config.horizontal_flip,
         cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    check_shares(config, loader.batch_sampler.batch_size)
+    check_shares(config, loader.batch_sampler.batch_size)  # smaller, where pictures are few
     trainer = Trainer(config, loader, objects, Preview(config, paths, objects, judge), device)
     state = trainer.state
     if config.resume:

@@ -156,6 +156,14 @@ def test_a_folder_is_checked_without_being_left_behind(tmp_path):
         check_folder(tmp_path / "old" / "file" / "c")
 
 
+def test_an_error_leaves_no_new_folder(tmp_path):
+    with pytest.raises(UserError, match="too long"):
+        write_json(tmp_path / "new" / ("x" * 300) / "a.json", 1)
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "new" / "b" / "a.json"):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written"):
