@@ -380,6 +380,30 @@ def test_a_compiled_network_trains_the_same(world, tmp_path, monkeypatch):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_line_is_about_the_steps_since_the_one_before(world, tmp_path, monkeypatch):
+    real_step, losses = train.train_step, []
+
+    def noted_step(*args):
+        loss, norm = real_step(*args)
+        losses.append((loss.item(), norm.item()))
+        return loss, norm
+
+    monkeypatch.setattr(train, "train_step", noted_step)
+    argv = train_argv(world, tmp_path, "--epochs", 3)  # of 3 steps each
+    argv[argv.index("--log_interval") + 1] = "2"
+    train.main(argv)
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    logged = [values for line in lines if "loss" in (values := json.loads(line))]
+    assert [values["step"] for values in logged] == [2, 4, 6, 8, 9]
+    starts = [0, 2, 4, 6, 8]
+    for values, start in zip(logged, starts, strict=True):
+        end = values["step"]
+        assert values["loss"] == pytest.approx(np.mean([x for x, _ in losses[start:end]]))
+        assert values["grad_norm"] == pytest.approx(losses[end - 1][1])
+        pictures = 4 * (end - start)
+        assert values["images_per_s"] == pytest.approx(pictures / values["seconds"])
+
+
 def test_resuming_on_other_pictures_is_refused(world, tmp_path):
     train.main(train_argv(world, tmp_path, "--epochs", 1))
     entries = json.loads((world / "train.json").read_text())
