@@ -160,16 +160,21 @@ run(train.main)
 
 def test_sigterm_while_the_first_one_writes_leaves_none_waiting(single, tmp_path):
     """The others are on their way to the preview, which the first one would not draw any more."""
-    data, _ = single
+    data, alone = single
     script = tmp_path / "stopped.py"
     script.write_text(STOPPED_WHILE_SAVING.format(src=str(SRC)))
-    argv = argv_of(data, tmp_path, "--save_interval", 3)
+    argv = argv_of(data, tmp_path, "--save_interval", 3, "--log_interval", 4)
     code, _, err = finished(launched(script, argv), timeout=120)
     assert code != 0
     assert "stopped at step 6, saved" in err
     assert not (tmp_path / "r" / "samples").exists()
-    train.main(["--resume", str(tmp_path / "r")])  # draws it, and goes on
+    # It is drawn when both go on; losses that were not logged yet are counted once.
+    code, _, err = finished(launched("train.py", ["--resume", tmp_path / "r"]))
+    assert code == 0, err
     assert (tmp_path / "r" / "samples" / "epoch_3.png").exists()
+    of_steps = losses_of(alone)
+    expected = [np.mean(of_steps[i : i + 4]) for i in (0, 4, 8)]
+    assert losses_of(tmp_path / "r") == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_error_of_all_is_printed_once(tmp_path, single):

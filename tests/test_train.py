@@ -380,6 +380,24 @@ def test_a_compiled_network_trains_the_same(world, tmp_path, monkeypatch):
     assert not (tmp_path / "c").exists()
 
 
+def test_without_a_judge_previews_are_not_scored(world, tmp_path, capsys):
+    """The stand-in's judge knows no other objects than the stand-in's, or another order."""
+    (world / "evaluator.pth").unlink(missing_ok=True)
+    objects = json.loads((world / "objects.json").read_text())
+    first, second, *_ = objects
+    objects |= {first: objects[second], second: objects[first]}
+    (world / "objects.json").write_text(json.dumps(objects))
+    argv = train_argv(world, tmp_path, "--epochs", 1)
+    for flag in (["--keep_best"], ["--preview_fd_samples", 4]):
+        message = error_of(train.main, [*argv, *flag])
+        assert message == f"{flag[0]}: needs a judge; name one with --evaluator"
+    assert not (tmp_path / "r").exists()
+    train.main(argv)
+    assert "judge: none, previews get no accuracy" in capsys.readouterr().out
+    assert (tmp_path / "r" / "samples" / "epoch_1.png").exists()
+    assert "accuracy" not in (tmp_path / "r" / "metrics.jsonl").read_text()
+
+
 def test_a_line_is_about_the_steps_since_the_one_before(world, tmp_path, monkeypatch):
     real_step, losses = train.train_step, []
 
