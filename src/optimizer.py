@@ -52,10 +52,8 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        for (
-            weight,
-            state,
-        ) in self.state.items():  # torch leaves counts on the CPU, as they were read
+        # torch leaves the counts where they were read to, on the CPU.
+        for weight, state in self.state.items():
             if "step" in state:
                 state["step"] = state["step"].to(weight.device)
 
