@@ -56,7 +56,7 @@ class TimeConfig(Settings):
     network: str = model_flags(RECIPES["small"].model)
     """Flags of the network, for both: --network="--image_size 32 ..."."""
     sampling: SamplingConfig = SamplingConfig(
-        scheduler="ddim", num_inference_steps=50, guidance_scale=5.0
+        scheduler="ddpm", num_inference_steps=50, guidance_scale=3.0
     )
     """Of both; enough steps that neither recipe suffers from their number."""
     output_dir: Path = ROOT / "output" / "benchmarks" / "time_to_accuracy"
