@@ -21,7 +21,16 @@ PRETRAINED = ROOT / "data" / "standin" / "model.pth"
 
 
 class DamagedFileError(UserError):
-    """A file that is not whole, that the disk can't give back, or that never was of this kind."""
+    """A file that is not whole, that the disk can't give back, or that never was of this kind.
+
+    Args:
+        what: file and fault.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     """
     remedy = "name a file of src/train.py, output/<run>/checkpoints/model_epoch_N.pth"
     content = read_tensors(path, remedy, device)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r}; {remedy}")
+    if "format" not in content:
+        raise UserError(f"{path}: not a checkpoint of src/train.py; {remedy}")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path}: format {content['format']!r}, expected {FORMAT!r}; {remedy}")
     names = {field.name for field in fields(Checkpoint)}
     if missing := names - content.keys():
         raise UserError(f"{path}: has no {', '.join(sorted(missing))}; {remedy}")
@@ -141,24 +152,24 @@ def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") ->
     path = Path(path)
     try:
         if path.is_file() and (damaged := damaged_part(path)):
-            raise DamagedFileError(f"{path}: damaged ({damaged} misses its checksum); {remedy}")
+            raise DamagedFileError(f"{path}: damaged ({damaged} misses its checksum)", remedy)
         content = torch.load(path, map_location=device, weights_only=True)
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None
     except OSError as error:
-        broken = error.errno == errno.EIO  # the disk can't give it back: as good as damaged
-        raise (DamagedFileError if broken else UserError)(
-            f"{path}: can't be read: {error.strerror or error}; {remedy}"
-        ) from None
+        what = f"{path}: can't be read: {error.strerror or error}"
+        if error.errno == errno.EIO:  # the disk can't give it back: as good as damaged
+            raise DamagedFileError(what, remedy) from None
+        raise UserError(f"{what}; {remedy}") from None
     except pickle.UnpicklingError:
         raise DamagedFileError(
-            f"{path}: damaged, or would run code when read, which is refused; {remedy}"
+            f"{path}: damaged, or would run code when read, which is refused", remedy
         ) from None
     except Exception as error:  # whatever the reader makes of a damaged file
-        why = " ".join(str(error).split())[:100] or type(error).__name__
-        raise DamagedFileError(f"{path}: damaged or not a checkpoint ({why}); {remedy}") from None
+        why = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0]}"[:150]
+        raise DamagedFileError(f"{path}: damaged or not a checkpoint ({why})", remedy) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict; {remedy}")
     return content

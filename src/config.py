@@ -29,8 +29,15 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-RunName = Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
-"""Letters, digits, _ . and -: it names a folder."""
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.\-]*", name):
+        raise ValueError("it names a folder; use letters, digits, _ . and -")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_plain_name)]
 
 
 def _no_single(count: int) -> int:
@@ -378,11 +385,16 @@ def from_dict(cls: type[T], values: Any, source: str) -> T:
         names = [part for part in loc if part.isidentifier() and not part[0].isupper()]
         name = f"{source}: {'.'.join(loc)}" if source else f"--{names[-1] if names else loc[-1]}"
         why = first["msg"][0].lower() + first["msg"][1:]
+        why = why.removeprefix("value error, ")
         raise UserError(f"{name} {first['input']!r}: {why}") from None
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Run a script's `main`: a user's mistake ends in one line and exit code 2."""
+def run(main: Callable[[], Any], if_stopped: str = "stopped") -> None:
+    """Run a script's `main`: a user's mistake ends in one line and exit code 2.
+
+    Args:
+        if_stopped: what to say after Ctrl-C.
+    """
     try:
         main()
     except UserError as error:
@@ -394,7 +406,7 @@ def run(main: Callable[[], Any]) -> None:
         print(f"error: {name}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print(if_stopped, file=sys.stderr)
         sys.exit(130)
     finally:
         processes.leave()

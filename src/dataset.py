@@ -53,6 +53,8 @@ def find_data(config: DataConfig) -> DataPaths:
     """
     if config.data_dir is not None:
         data_dir = config.data_dir
+        if not data_dir.is_dir():
+            raise UserError(f"--data_dir {data_dir}: no such folder; {HOW_TO_GET_DATA}")
     else:
         candidates = [ROOT / "data", ROOT / "data" / "standin"]
         found = [folder for folder in candidates if (folder / "objects.json").exists()]
@@ -129,20 +131,21 @@ def decode_labels(label: Tensor, objects: dict[str, int]) -> list[str]:
 
 
 def parse_prompt(prompt: str, objects: dict[str, int]) -> list[str]:
-    """'red sphere, cyan cube' -> ['red sphere', 'cyan cube'], checked.
+    """'red sphere, cyan cube' -> ['red sphere', 'cyan cube'], checked; or as a JSON list.
 
     Raises:
         UserError: as `encode_labels`.
     """
-    names = [" ".join(part.split()) for part in prompt.split(",")]
+    parts = [part.strip("'\" ") for part in prompt.strip("[] ").split(",")]
+    names = [" ".join(part.split()) for part in parts]
+    remedy = "write such as 'red sphere, cyan cube'"
     if not all(names):
-        raise UserError(
-            f"--prompt {prompt!r}: an empty name; write such as 'red sphere, cyan cube'"
-        )
+        raise UserError(f"--prompt {prompt!r}: an empty name; {remedy}")
     try:
         encode_labels(names, objects)
     except UserError as error:
-        raise UserError(f"--prompt {prompt!r}: {error}") from None
+        more = "" if "," in prompt else f"; of several: {remedy}"
+        raise UserError(f"--prompt {prompt!r}: {error}{more}") from None
     return names
 
 

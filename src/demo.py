@@ -22,7 +22,7 @@ import test
 import train
 from config import ROOT, Settings, UserError, parse_args, run
 from files import read_json, write_json
-from resume import latest_checkpoint, latest_whole_checkpoint
+from resume import latest_checkpoint
 
 FULL = {
     "sequences": 2500,
@@ -70,9 +70,9 @@ class Stages:
         since = time.perf_counter()
         try:
             script.main(shlex.split(flags))
-        except SystemExit as stop:
+        except (SystemExit, KeyboardInterrupt):
             print("the demo goes on from here when it is started again", file=sys.stderr)
-            raise stop
+            raise
         # A run that only went on from an earlier one took less: the longest counts.
         seconds = max(time.perf_counter() - since, self.seconds.get(script.__name__, 0))
         self.seconds[script.__name__] = round(seconds, 1)
@@ -83,7 +83,7 @@ def show_pretrained(output: Path) -> None:
     """Both test splits, by the network that comes with the repository, on its own data."""
     flags = f"--output_dir {shlex.quote(str(output / 'result'))} {SAMPLING}"
     flags += f" --data_dir {shlex.quote(str(ROOT / 'data' / 'standin'))}"
-    more = "--num_seeds 2 --num_fd_samples 0 --wandb disabled"
+    more = "--num_seeds 4 --num_fd_samples 0 --wandb disabled"
     print(f"\n$ python src/test.py {flags} {more}", flush=True)
     test.main(shlex.split(f"{flags} {more}"))
     print(f'try: python src/test.py {flags} --prompt "red sphere, cyan cube"')
@@ -112,9 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = f"--run_name {name} {output_flag} {data_flag} --max_train_steps {size['steps']}"
     flags += " --save_interval 1 --sample_interval 2 --preview_steps 25 --wandb offline"
     flags += " --recipe small"
-    found = latest_whole_checkpoint(run_dir)
-    done = found is not None and found.checkpoint.step >= size["steps"]
-    stages.run(train, flags + (" --resume auto" if found and not done else ""), done)
+    stages.run(train, flags + " --resume auto")
 
     checkpoint = latest_checkpoint(run_dir)
     common = f"--ckpt_path {shlex.quote(str(checkpoint))} {data_flag} --wandb offline"

@@ -144,7 +144,7 @@ def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
         "config": to_dict(without_paths(config)), "objects": objects, "epoch": checkpoint.epoch,
         "step": checkpoint.step,
     }  # fmt: skip
-    make_folder(out.parent)
+    make_folder(out.parent, "--out")
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=".tmp-"))
     try:
         unet.save_pretrained(temporary / "unet")
@@ -153,6 +153,8 @@ def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
         save_file(embedding, temporary / "class_embedding.safetensors")
         (temporary / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        for path in temporary.rglob("*.safetensors"):
+            path.chmod(0o644)  # like the files beside them, for all who may read the folder
         temporary.chmod(0o755)
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:

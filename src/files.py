@@ -52,8 +52,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, flag: str = "--output_dir") -> None:
     """Make a folder where there is none, before work starts whose results it is to hold.
+
+    Args:
+        flag: which one names another.
 
     Raises:
         UserError: it can't be made or written to.
@@ -63,10 +66,12 @@ def make_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"{path}: can't be written to: {error.strerror}; name another") from None
+        raise UserError(
+            f"{path}: can't be written to: {error.strerror}; name another with {flag}"
+        ) from None
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, flag: str = "--output_dir") -> None:
     """Find out whether `make_folder` would succeed, without making anything.
 
     Raises:
@@ -77,7 +82,9 @@ def check_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(f"{path}: can't be written to: {error.strerror}; name another") from None
+        raise UserError(
+            f"{path}: can't be written to: {error.strerror}; name another with {flag}"
+        ) from None
 
 
 def remove_left_overs(folder: Path, older_than_s: float = 0) -> None:

@@ -278,7 +278,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         folder,
         to_dict(config),
     )
-    for scale, seed in tqdm(todo, desc="sweep", unit="draw", disable=not processes.is_main()):
+    for scale, seed in tqdm(
+        todo, desc="sweep", unit="draw", disable=not (todo and processes.is_main())
+    ):
         splits = draw_splits(bench, replace(sampling, guidance_scale=scale), seed, progress=False)
         draw = Draw({split: record(result) for split, (_, result) in splits.items()})
         if bench.reference is not None:
@@ -326,4 +328,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, if_stopped="stopped; the same command goes on from here")

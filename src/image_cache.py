@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import UserError
-from files import atomic_write, remove_left_overs
+from files import atomic_write, check_folder, remove_left_overs
 
 MAX_SIDE = 8192  # a 64 px training picture needs no more; guards against decompression bombs
 MODES = ("RGB", "RGBA", "L", "P")  # 8 bits a channel; CLEVR's own pictures are RGBA
@@ -70,6 +70,7 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
         except (OSError, ValueError, EOFError) as error:  # cut short, after it was written
             print(f"warning: {path}: damaged ({error}); decoding again", file=sys.stderr)
 
+    check_folder(cache_dir, "--cache_dir")
     remove_left_overs(cache_dir, older_than_s=24 * 3600)  # younger ones may be still in the making
     with atomic_write(path) as temporary:
         cache = np.lib.format.open_memmap(
@@ -117,7 +118,7 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
         raise
     except Exception as error:  # whatever the decoder makes of a damaged file
         raise UserError(
-            f"{path}: not a readable picture ({error}); replace it, "
-            "or delete it and run src/render_iclevr.py again for a rendered one"
+            f"{path}: not a readable picture ({error}); replace it; "
+            "a rendered one: delete it, and run src/render_iclevr.py again"
         ) from None
     return np.asarray(resized).transpose(2, 0, 1)

@@ -487,7 +487,7 @@ def _draw_sheet(config: RenderConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(RenderConfig, argv)
     _made_here(config)  # a folder of something else gets no lock, either
-    make_folder(config.out_dir)
+    make_folder(config.out_dir, "--out_dir")
     lock = lock_folder(config.out_dir, "wait for it or choose another --out_dir")
     try:
         _render(config)
@@ -499,7 +499,7 @@ def _render(config: RenderConfig) -> None:
     if _made_here(config) is None:
         write_json(config.out_dir / "render.json", _settings(config))
     image_dir = config.out_dir / "iclevr"
-    make_folder(image_dir)
+    make_folder(image_dir, "--out_dir")
     for folder in (config.out_dir, image_dir):
         remove_left_overs(folder)
     done = set(os.listdir(image_dir))

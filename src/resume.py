@@ -144,7 +144,7 @@ def latest_whole_checkpoint(run_dir: Path) -> Source | None:
             return Source(path, load_checkpoint(path))
         except DamagedFileError as caught:
             error = error or caught
-            print(f"warning: {caught}; looking for an earlier one", file=sys.stderr)
+            print(f"warning: {caught.what}; looking for an earlier one", file=sys.stderr)
     if error is not None:
         raise error
     return None

@@ -132,6 +132,9 @@ def open_bench(
 
 def with_reference(bench: Bench) -> Bench:
     """The same with the training pictures, decoding them if need be; without them, says so."""
+    if not (bench.paths.data_dir / "train.json").exists():
+        print("no nearest.png: no training pictures here; python src/render_iclevr.py renders some")
+        return bench
     try:
         return replace(bench, reference=load_reference(bench.paths, bench.judge))
     except UserError as error:  # scoring the conditions needs no training pictures

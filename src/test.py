@@ -139,6 +139,8 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     seen = ", ".join(decode_labels(detected, bench.checkpoint.objects)) or "nothing"
     judge = bench.judge_name(config.sampling)
     print(f"asked for: {', '.join(names)}\njudge ({judge}) sees: {seen}\n{path}")
+    if set(seen.split(", ")) != set(names):
+        print(f"not the same; --seed {config.seed + 1} draws another picture")
     return path
 
 
@@ -319,4 +321,4 @@ def write_comparison(run_folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, if_stopped="stopped; the same command goes on from here")

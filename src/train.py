@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,13 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import TrainConfig, UserError, run, to_dict
-from dataset import IclevrDataset, find_data, get_dataloader, read_objects
+from dataset import (
+    IclevrDataset,
+    find_data,
+    get_dataloader,
+    read_conditions,
+    read_objects,
+)
 from device import autocast, autocast_dtype, pick_device
 from diffusion import (
     check_steps,
@@ -312,6 +319,10 @@ class Metrics:
             raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
 
 
+class NothingLeft(UserError):
+    """A run that is to go on has taken all its steps."""
+
+
 class Trainer:
     """A training from its first step, or a checkpoint, to its last: steps, files, previews.
 
@@ -375,7 +386,8 @@ class Trainer:
         """Take over everything from a checkpoint of this run.
 
         Raises:
-            UserError: it is of other pictures, not of this network, or no step is left.
+            UserError: it is of other pictures or not of this network.
+            NothingLeft: all steps are done.
         """
         path, checkpoint = source
         known = (checkpoint.objects, checkpoint.training.get("data"))
@@ -396,7 +408,7 @@ class Trainer:
         self.preview_owed = self.preview_due() and not drawn
         if self.done and not self.preview_owed:
             limited = self.total_steps == self.config.max_train_steps
-            raise UserError(
+            raise NothingLeft(
                 f"{path}: all {self.state.step} steps are done; raise "
                 f"{'--max_train_steps' if limited else '--epochs'} to go on"
             )
@@ -591,7 +603,7 @@ def best_accuracy(run_dir: Path) -> float:
     try:
         return load_checkpoint(path).training.get("best", -1.0) if path.exists() else -1.0
     except DamagedFileError as error:
-        print(f"warning: {error}; the next best replaces it", file=sys.stderr)
+        print(f"warning: {error.what}; the next best replaces it", file=sys.stderr)
         return -1.0
 
 
@@ -648,6 +660,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if config.compile:
         check_compiler(device)
     check_shares(config, config.batch_size)
+    read_conditions(paths.data_dir, "test", objects)  # of the previews
     check_folder(run_dir)
     loader = get_dataloader(
         paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
@@ -658,7 +671,13 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     trainer = Trainer(config, loader, objects, Preview(config, paths, objects, judge), device)
     state = trainer.state
     if config.resume:
-        trainer.resume(source)
+        try:
+            trainer.resume(source)
+        except NothingLeft as message:
+            if config.resume != "auto":
+                raise
+            print(message)  # no mistake: a job that is submitted once more finds its work done
+            return source.path
     elif source:
         start_from(state, source, objects)
         print(f"start: weights of {source.path}, recipe {config.recipe} for the training")
@@ -683,7 +702,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 f"{trainer.batch_size} pictures"
             )
         saved = trainer.train()
-    print(f"saved {saved}")
+    print(f"saved {saved}\nnext: python src/test.py --ckpt_path {shlex.quote(str(saved))}")
     return saved
 
 

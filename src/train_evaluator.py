@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict:
             f"--held_out {config.held_out:g}: leaves no sequence of "
             f"{paths.data_dir / 'train.json'} to train on"
         )
-    make_folder(out.parent)
+    make_folder(out.parent, "--out")
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file with --out")
     images = torch.from_numpy(dataset.images[train]).to(device)  # (N, 3, 64, 64) uint8

@@ -184,7 +184,7 @@ CASES = {
         "guidance_scale", ("new_test.json", "entry 0"), change=text("new_test.json", '[[["a"]]]')
     ),
     "no data there": Case(
-        "train", ("objects.json: not found", "render_iclevr.py"), "--data_dir {out}/nowhere"
+        "train", ("nowhere: no such folder", "render_iclevr.py"), "--data_dir {out}/nowhere"
     ),
     "data: a file": Case("train", ("objects.json",), "--data_dir {ckpt}"),
     # --- pictures

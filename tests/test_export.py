@@ -38,6 +38,8 @@ def patched(request, trained, tmp_path):
 
 def test_diffusers_gives_the_same(patched):
     _, model, folder = patched
+    for path in folder.rglob("*"):  # for all who may read the folder
+        assert path.stat().st_mode & 0o444 == 0o444
     unet = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval()
     mlp = load_file(folder / "class_embedding.safetensors")
     x, labels, t = torch.randn(3, 3, 16, 16), torch.eye(24)[:3], torch.tensor([0, 7, 19])

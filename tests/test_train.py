@@ -187,7 +187,6 @@ def test_stopping_during_a_preview_loses_nothing(world, tmp_path):
     assert stopped.value.code == 130
     (tmp_path / "r" / "checkpoints" / ".tmp-model_epoch_9-x.pth").write_bytes(b"of a kill")
     train.main(argv)
-    assert "all 12 steps are done" in error_of(train.main, argv)
     assert {path.name for path in (tmp_path / "r" / "checkpoints").iterdir()} == {
         "model_epoch_1.pth", "model_epoch_4.pth"
     }  # fmt: skip
@@ -223,6 +222,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(world, tmp_path, caps
     path = train.main([*argv, "--keep_last", "1"])
     warnings = capsys.readouterr().err
     assert "model_epoch_3.pth: damaged" in warnings and "model_epoch_2.pth: damaged" in warnings
+    assert "name a file" not in warnings  # nothing is for the user to do
     again = load_checkpoint(path)
     assert path.name == "model_epoch_3.pth" and again.step == whole.step
     assert all(torch.equal(again.model[name], whole.model[name]) for name in whole.model)
@@ -653,6 +653,16 @@ def test_gradients_are_clipped(world, tmp_path, monkeypatch):
         assert move == pytest.approx(0.01 * lr, rel=0.05)
 
 
+def test_a_finished_run_that_is_submitted_again_is_no_error(trained, capsys):
+    """As in a job script that always says --resume auto."""
+    _, output, checkpoint = trained
+    before = {path: path.stat().st_mtime_ns for path in (output / "tiny").rglob("*")}
+    argv = ["--output_dir", str(output), "--run_name", "tiny", "--resume", "auto"]
+    assert train.main(argv) == checkpoint
+    assert "all 12 steps are done; raise --epochs to go on" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (output / "tiny").rglob("*")} == before
+
+
 def test_second_run_into_the_folder_is_refused(trained):
     data, output, _ = trained
     message = error_of(
@@ -661,6 +671,7 @@ def test_second_run_into_the_folder_is_refused(trained):
     assert "--resume auto" in message and "--run_name" in message
     argv = ["--output_dir", output, "--run_name", "tiny", "--resume", "auto"]
     assert "--lr 0.5" in error_of(train.main, [*argv, "--lr", "0.5"])
+    argv = ["--resume", output / "tiny"]
     assert "all 12 steps are done; raise --epochs" in error_of(train.main, argv)
     message = error_of(train.main, [*argv, "--max_train_steps", "5"])
     assert "all 12 steps are done; raise --max_train_steps" in message
