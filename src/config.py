@@ -25,8 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PositiveInt = Annotated[int, Field(ge=1)]
 Channels = Annotated[int, Field(ge=1, le=2**14)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+LARGEST = 1e30
+"""Of settings: float32, in which they are used, ends at 3.4e38."""
+PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -134,7 +136,7 @@ class SchedulerConfig(Settings):
     """What the network predicts: eps, v (Salimans & Ho 2022) or x_0."""
     timestep_spacing: Literal["leading", "trailing"] = "leading"
     """Which timesteps a sampler of few steps visits (Lin et al. 2023, table 2)."""
-    shift_factor: float = 0.0
+    shift_factor: Annotated[float, Field(ge=-LARGEST, le=LARGEST)] = 0.0
     """The network sees (x - shift_factor) * scaling_factor, with x in [-1, 1]."""
     scaling_factor: PositiveFloat = 1.0
     """8 gives i-CLEVR's pale pictures about unit variance, for which noise schedules are made."""

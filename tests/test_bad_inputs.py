@@ -192,6 +192,16 @@ CASES = {
         "train", (NAME, "not a readable picture"),
         change=lambda files: picture((files["data"] / "iclevr" / NAME).read_bytes()[:200])(files),
     ),
+    "conditions are read before pictures": Case(
+        "train", ("test.json",),
+        change=lambda files: (text("test.json", "[]")(files), picture(b"")(files)),
+    ),
+    "cache folder: below a file": Case(
+        "train", ("another with --cache_dir",), "--cache_dir {ckpt}/cache"
+    ),
+    "output folder: below a file": Case(
+        "test", ("another with --output_dir",), "--output_dir {ckpt}/out"
+    ),
     "picture: empty": Case("train", (NAME,), change=picture(b"")),
     "picture: text": Case("train_evaluator", (NAME,), change=picture(b"no picture")),
     "picture: 16 bit": Case(

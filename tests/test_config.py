@@ -17,6 +17,7 @@ from config import (
     _first_paragraph,
     from_dict,
     parse_args,
+    run,
     to_dict,
 )
 from device import autocast_dtype, pick_device
@@ -117,6 +118,16 @@ def test_scripts_end_with_code_2_and_one_line(command, tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_says_how_to_go_on(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main, if_stopped="stopped; the same command goes on from here")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
 
 
 def test_atomic_write_leaves_the_old_file_on_failure(tmp_path):

@@ -21,7 +21,10 @@ from dataset import (
 from files import read_json
 
 FEW = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,  # the same examples every time: what fails, fails again
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 NAMES = st.sampled_from(sorted(OBJECTS))
 ANYTHING = st.recursive(
@@ -103,6 +106,8 @@ FIELDS = [(cls, key) for cls in (SamplingConfig, SchedulerConfig, TrainConfig)
 @FEW
 @example((SchedulerConfig, "shift_factor"), float("nan"))
 @example((SchedulerConfig, "shift_factor"), float("inf"))
+@example((SchedulerConfig, "shift_factor"), -3.5e38)  # infinite in float32
+@example((TrainConfig, "lr"), 3.4028235677973366e38)
 @given(st.sampled_from(FIELDS), ANYTHING)
 def test_settings_with_anything_in_them(field, value):
     """What is accepted is of the field's type, and survives being written and read."""
