@@ -61,14 +61,9 @@ def make_folder(path: Path, flag: str = "--output_dir") -> None:
     Raises:
         UserError: it can't be made or written to.
     """
-    try:
+    with _name_another(path, flag):
         Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{path}: can't be written to: {error.strerror}; name another with {flag}"
-        ) from None
+        tempfile.TemporaryFile(dir=path).close()
 
 
 def check_folder(path: Path, flag: str = "--output_dir") -> None:
@@ -77,10 +72,16 @@ def check_folder(path: Path, flag: str = "--output_dir") -> None:
     Raises:
         UserError: what there is of the path can't be written to.
     """
-    there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    with _name_another(path, flag):
+        there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+        tempfile.TemporaryFile(dir=there).close()
+
+
+@contextlib.contextmanager
+def _name_another(path: Path, flag: str) -> Iterator[None]:
+    """What goes wrong with a folder ends in a message that says how to name another."""
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        yield
     except OSError as error:
         raise UserError(
             f"{path}: can't be written to: {error.strerror}; name another with {flag}"
