@@ -600,11 +600,14 @@ class Trainer:
 def best_accuracy(run_dir: Path) -> float:
     """Of the preview that best.pth was kept for; -1 if there is none."""
     path = run_dir / "checkpoints" / "best.pth"
+    if not path.exists():
+        return -1.0
     try:
-        return load_checkpoint(path).training.get("best", -1.0) if path.exists() else -1.0
+        best = load_checkpoint(path).training.get("best")
     except DamagedFileError as error:
         print(f"warning: {error.what}; the next best replaces it", file=sys.stderr)
-        return -1.0
+        best = None
+    return best if isinstance(best, float) else -1.0
 
 
 @contextlib.contextmanager

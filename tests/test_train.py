@@ -653,6 +653,13 @@ def test_gradients_are_clipped(world, tmp_path, monkeypatch):
         assert move == pytest.approx(0.01 * lr, rel=0.05)
 
 
+@pytest.mark.parametrize("known, best", [({"best": 0.5}, 0.5), ({"best": "x"}, -1), ({}, -1)])
+def test_the_best_so_far_is_a_number_whatever_a_file_says(trained, tmp_path, known, best):
+    path = tmp_path / "checkpoints" / "best.pth"
+    save_checkpoint(path, replace(load_checkpoint(trained[2]), training=known))
+    assert train.best_accuracy(tmp_path) == best
+
+
 def test_a_finished_run_that_is_submitted_again_is_no_error(trained, capsys):
     """As in a job script that always says --resume auto."""
     _, output, checkpoint = trained
