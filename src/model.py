@@ -68,6 +68,7 @@ def unet_arguments(config: ModelConfig) -> dict[str, Any]:
         norm_num_groups=config.norm_num_groups,
         resnet_time_scale_shift=config.resnet_time_scale_shift,
         attn_norm_num_groups=config.norm_num_groups,  # diffusers' default is none, with scale_shift
+        time_embedding_dim=config.time_embedding_dim,
         class_embed_type="identity",
     )
 

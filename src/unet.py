@@ -4,15 +4,21 @@ Ho et al. 2020 (DDPM, appendix B): residual blocks with the time embedding added
 convolutions, self-attention at chosen resolutions, skip connections from the way down to the way
 up. Argument and parameter names are diffusers', so that `state_dict()`s go both ways.
 
-Shapes: N pictures, C channels, H x W pixels, D = 4 * block_out_channels[0] embedding channels.
+Shapes: N pictures, C channels, H x W pixels, D embedding channels.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+FEW_POSITIONS = 256
+"""Up to so many, attention on the CPU is written out."""
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -45,6 +51,67 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation (Wu & He 2018), and on request a scale and a shift of its result.
+
+    (N, C, H, W), and scale and shift (N, C) or neither -> (N, C, H, W):
+    norm(x) * (1 + scale) + shift.
+    """
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        if x.device.type == "cpu":
+            gamma, beta = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
+            if scale is not None:
+                gamma, beta = gamma * (1 + scale), beta * (1 + scale) + shift
+            return NormOnCpu.apply(x, gamma, beta, self.num_groups, self.eps)
+        h = super().forward(x)
+        return h if scale is None else h * (1 + _to_2d(scale)) + _to_2d(shift)
+
+
+class NormOnCpu(torch.autograd.Function):
+    """y = gamma x_hat + beta, x_hat being x with mean 0 and variance 1 in every group of channels.
+
+    gamma and beta are (N, C). On the CPU, torch's own backward pass of a GroupNorm takes some ten
+    times as long as this one, which is three sums and two products over the picture.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        n, c, height, width = x.shape
+        x_hat, _, rstd = torch.native_group_norm(x, None, None, n, c, height * width, groups, eps)
+        ctx.save_for_backward(x_hat, gamma, rstd)
+        return torch.addcmul(_to_2d(beta.to(x.dtype)), x_hat, _to_2d(gamma.to(x.dtype)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_hat, gamma, rstd = ctx.saved_tensors  # rstd: 1 / standard deviation, (N, groups)
+        groups, of_group = rstd.shape[1], grad.shape[1] // rstd.shape[1]
+        d_gamma = (grad * x_hat).sum(dim=(2, 3), dtype=gamma.dtype)  # (N, C)
+        d_beta = grad.sum(dim=(2, 3), dtype=gamma.dtype)
+        rstd = rstd.to(gamma.dtype).repeat_interleave(of_group, dim=1)  # (N, C)
+
+        def mean(sums: Tensor) -> Tensor:
+            """Sums over a channel -> the mean over its group, both (N, C)."""
+            total = sums.unflatten(1, (groups, of_group)).sum(dim=2)
+            return (total / (of_group * grad[0, 0].numel())).repeat_interleave(of_group, dim=1)
+
+        # d x = rstd (gamma grad - mean(gamma grad) - x_hat mean(gamma grad x_hat))
+        a, b, c = rstd * gamma, -rstd * mean(gamma * d_beta), -rstd * mean(gamma * d_gamma)
+        a, b, c = (_to_2d(each.to(grad.dtype)) for each in (a, b, c))
+        d_x = torch.addcmul(b, x_hat, c).addcmul_(grad, a)
+        return d_x, d_gamma, d_beta, None, None
+
+
+def _to_2d(channels: Tensor) -> Tensor:
+    """(N, C) -> (N, C, 1, 1)."""
+    return channels[:, :, None, None]
+
+
 class ResBlock2D(nn.Module):
     """GroupNorm, SiLU, conv; plus embedding; GroupNorm, SiLU, dropout, conv; plus shortcut.
 
@@ -67,10 +134,10 @@ class ResBlock2D(nn.Module):
     ):
         super().__init__()
         self.time_scale_shift = time_scale_shift
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, out_channels * (1 + time_scale_shift))
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         self.conv_shortcut = (
@@ -81,21 +148,28 @@ class ResBlock2D(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        emb = self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        emb = self.time_emb_proj(F.silu(temb))
         if self.time_scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = self.norm2(h, *emb.chunk(2, dim=1))
         else:
-            h = self.norm2(h + emb)
+            h = self.norm2(h + _to_2d(emb))
         h = self.conv2(self.dropout(F.silu(h)))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return shortcut + h
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, equation 1), all (N, heads, H * W, d)."""
+    if q.device.type == "cpu" and q.shape[2] <= FEW_POSITIONS:
+        # The CPU's fused kernel, above all its backward pass, is made for long sequences.
+        return (q * q.shape[3] ** -0.5 @ k.mT).softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class SelfAttention2D(nn.Module):
     """Multi-head self-attention over the H * W positions, with a residual connection.
 
-    softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, equation 1): (N, C, H, W) -> (N, C, H, W).
+    (N, C, H, W) -> (N, C, H, W), see `attention`.
 
     Args:
         channels: C.
@@ -111,7 +185,7 @@ class SelfAttention2D(nn.Module):
         inner = channels // self.head_dim * self.head_dim
         if inner == 0:
             raise ValueError(f"attention_head_dim {head_dim} exceeds the {channels} channels")
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups else None
+        self.group_norm = GroupNorm(groups, channels, eps=eps) if groups else None
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
@@ -125,7 +199,7 @@ class SelfAttention2D(nn.Module):
             project(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attention(q, k, v).transpose(1, 2).flatten(2)
         out = self.to_out[0](out)  # (N, H * W, C)
         return x + out.transpose(1, 2).reshape(n, c, height, width)
 
@@ -149,7 +223,13 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if x.device.type != "cpu":
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # The same in one step, with 16 instead of 36 multiplications for each pixel that comes in:
+        # a transposed convolution whose kernel is the 3x3 one, doubled as the pixels are.
+        padded = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))
+        kernel = (4 * F.avg_pool2d(padded, 2, stride=1)).transpose(0, 1)  # (C_in, C_out, 4, 4)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class DownBlock2D(nn.Module):
@@ -318,6 +398,7 @@ class UNet2DModel(nn.Module):
         resnet_time_scale_shift: "default": the embedding is added; "scale_shift": see `ResBlock2D`.
         attn_norm_num_groups: of the GroupNorm in the mid block's attention; None: norm_num_groups,
             but no norm with "scale_shift" (as in diffusers).
+        time_embedding_dim: D, length of the embeddings; None: 4 * block_out_channels[0].
         class_embed_type: "identity": `class_labels` is an embedding (N, D), added to the time
             embedding; None: unconditional.
         halve_every_block: not in diffusers. Every down block halves the picture, the last one
@@ -344,6 +425,7 @@ class UNet2DModel(nn.Module):
         halve_every_block: bool = False,
         resnet_time_scale_shift: str = "default",
         attn_norm_num_groups: int | None = None,
+        time_embedding_dim: int | None = None,
     ):
         super().__init__()
         levels = len(block_out_channels)
@@ -372,7 +454,7 @@ class UNet2DModel(nn.Module):
                 f"use a multiple of {2**halvings} or fewer block_out_channels"
             )
         self.class_embed_type = class_embed_type
-        self.time_embed_dim = 4 * block_out_channels[0]
+        self.time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
         common = dict(
             temb_channels=self.time_embed_dim,
             attention_head_dim=attention_head_dim,
@@ -417,7 +499,7 @@ class UNet2DModel(nn.Module):
             )
             channels = block_out_channels[level]
 
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, eps=norm_eps)
+        self.conv_norm_out = GroupNorm(norm_num_groups, channels, eps=norm_eps)
         self.conv_out = nn.Conv2d(channels, out_channels, kernel_size=3, padding=1)
         self.halve_every_block = halve_every_block
 

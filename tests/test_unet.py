@@ -5,11 +5,13 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
 from config import ModelConfig, UserError
 from model import DiffusionModel, stages, zero_init
-from unet import ResBlock2D, SelfAttention2D, UNet2DModel
+from unet import GroupNorm, ResBlock2D, SelfAttention2D, UNet2DModel, Upsample2D
 
 SPEC = dict(
     sample_size=64,
@@ -80,6 +82,8 @@ CONFIGS = {
         norm_num_groups=8,
         resnet_time_scale_shift="scale_shift",
         attn_norm_num_groups=4,
+        time_embedding_dim=40,
+        class_embed_type="identity",
     ),
 }
 
@@ -152,6 +156,51 @@ def test_attention_equals_the_written_out_softmax():
         heads.append(torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1) @ v)
     expected = attention.to_out[0](torch.cat(heads, -1)).transpose(1, 2).reshape(x.shape) + x
     torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_upsampling_in_one_step_equals_doubling_and_convolution():
+    torch.manual_seed(0)
+    up, x = Upsample2D(6).double(), torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    expected = up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(up(x), expected, atol=1e-14, rtol=1e-14)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_group_norm_and_its_gradients_equal_torchs(modulated):
+    torch.manual_seed(0)
+    norm = GroupNorm(3, 12, eps=1e-3).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(4, 12, 5, 3, dtype=torch.float64).to(memory_format=torch.channels_last)
+    inputs = [x, *torch.randn(2, 4, 12, dtype=torch.float64)][: 3 if modulated else 1]
+    leaves = [i.clone().requires_grad_() for i in inputs]
+    ours = norm(*leaves)
+    expected = F.group_norm(leaves[0], 3, norm.weight, norm.bias, eps=1e-3)
+    if modulated:
+        scale, shift = (leaf[:, :, None, None] for leaf in leaves[1:])
+        expected = expected * (1 + scale) + shift
+    torch.testing.assert_close(ours, expected)
+    wanted = [*leaves, *norm.parameters()]
+    weights = torch.randn_like(ours)
+    gradients = (torch.autograd.grad((y * weights).sum(), wanted) for y in (ours, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_group_norm_in_bfloat16_is_as_near_as_torchs():
+    torch.manual_seed(0)
+    norm = GroupNorm(4, 32)
+    exact = torch.randn(8, 32, 16, 16) * 3 + 1
+    weights = torch.randn_like(exact)
+    low = exact.bfloat16().requires_grad_()
+    exact.requires_grad_()
+    ours, (of_ours,) = norm(low), torch.autograd.grad((norm(low) * weights).sum(), low)
+    torchs = F.group_norm(low, 4, norm.weight, norm.bias)
+    (of_torchs,) = torch.autograd.grad((torchs * weights).sum(), low)
+    expected = F.group_norm(exact, 4, norm.weight, norm.bias)
+    (of_expected,) = torch.autograd.grad((expected * weights).sum(), exact)
+    for a, b, c in ((ours, torchs, expected), (of_ours, of_torchs, of_expected)):
+        assert (a - c).norm() < 1.5 * (b - c).norm() < 0.02 * c.norm()
 
 
 def test_report_stages():
