@@ -44,7 +44,7 @@ from config import (
     run,
     to_dict,
 )
-from diffusion import check_steps, make_scheduler, picture_seeds, sample
+from diffusion import check_steps, evaluations, picture_seeds, sample
 from figures import save_figure
 from files import atomic_write, make_folder, read_json, write_json
 from intervals import Interval, mean_interval
@@ -120,18 +120,6 @@ def samplers(config: StepsConfig, bench: Bench) -> dict[str, SamplingConfig]:
                 )
                 found[label] = sampling
     return found
-
-
-def evaluations(sampling: SamplingConfig, bench: Bench) -> int:
-    """Evaluations of the network for one picture."""
-    noise = bench.checkpoint.config.noise
-    scheduler = make_scheduler(noise, sampling.scheduler)
-    scheduler.set_timesteps(sampling.num_inference_steps)
-    share = scheduler.timesteps / noise.num_train_timesteps
-    low, high = sampling.guidance_interval
-    guided = int(((low <= share) & (share <= high)).sum())
-    both = sampling.guidance_scale not in (0, 1)
-    return len(share) + (guided if both else 0)
 
 
 def is_long(name: str) -> bool:
@@ -255,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     report = summarise(list(chosen), draws)
     for name, row in report["rows"].items():
-        row["evaluations"] = evaluations(chosen[name], bench)
+        row["evaluations"] = evaluations(bench.checkpoint.config.noise, chosen[name])
         row["guided_throughout"] = chosen[name].guidance_interval == (0, 1)
     equal = [
         name

@@ -58,7 +58,7 @@ def _in_order(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
-GuidanceInterval = Annotated[tuple[Probability, Probability], AfterValidator(_in_order)]
+TimeInterval = Annotated[tuple[Probability, Probability], AfterValidator(_in_order)]
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -117,6 +117,9 @@ class ModelConfig(Settings):
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     """How time and condition enter a ResBlock: added, or as scale and shift of its second
     GroupNorm (Dhariwal & Nichol 2021, section 4.2)."""
+    time_embedding_dim: PositiveInt | None = None
+    """Length of the embeddings of time and condition (default: 4 times the finest level's
+    channels, as diffusers has it)."""
     num_classes: Annotated[int, Field(ge=1, le=10**5)] = 24
     """Length of the multi-hot condition."""
 
@@ -169,9 +172,14 @@ class SamplerConfig(Settings):
     """Denoising steps (default: all trained timesteps for ddpm, 50 for ddim, 12 for solvers)."""
     eta: Probability = 0.0
     """Noise of a ddim step: 0 is deterministic, 1 as much as ddpm."""
-    guidance_interval: GuidanceInterval = (0.0, 1.0)
+    guidance_interval: TimeInterval = (0.0, 1.0)
     """Guide only where t / T lies in here, the rest is plain conditional and costs half
     (Kynkaanniemi et al. 2024)."""
+    resample: PositiveInt = 1
+    """Take every step so many times, with noise put back in between: mistakes get repaired
+    (RePaint, Lugmayr et al. 2022, algorithm 1). For ddpm and ddim."""
+    resample_interval: TimeInterval = (0.0, 1.0)
+    """Resample only where t / T lies in here."""
     batch_size: PositiveInt = 64
     """Pictures drawn at a time; the pictures do not depend on it."""
     classifier_guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 0.0

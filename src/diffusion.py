@@ -247,11 +247,17 @@ def check_steps(
 
     Raises:
         UserError: more steps than were trained; a number at which diffusers' timesteps step
-            unevenly or begin far from noise; eta without ddim.
+            unevenly or begin far from noise; eta or resample with a scheduler that has no such
+            thing.
     """
     name = config.scheduler
     if config.eta and name != "ddim":
         raise UserError(f"--eta {config.eta:g}: only --scheduler ddim knows it")
+    if config.resample > 1 and name not in ("ddpm", "ddim"):
+        raise UserError(
+            f"--resample {config.resample}: {name} learns from its earlier steps and can't take one "
+            "again; use --scheduler ddpm"
+        )
     total = noise.num_train_timesteps
     scheduler = make_scheduler(noise, name)
 
@@ -284,6 +290,54 @@ def check_steps(
         return next((n for n in possible if n >= 0.4 * wanted), total)
     near = next(possible)
     raise UserError(f"{flag} {steps}: {reason}; the nearest that works is {near}")
+
+
+def step_repeats(noise: SchedulerConfig, config: SamplerConfig, t: Tensor | int) -> int:
+    """How many times the step from timestep `t` is taken, see `renoise`."""
+    first, last = config.resample_interval
+    return config.resample if first <= t / noise.num_train_timesteps <= last else 1
+
+
+def step_guidance(noise: SchedulerConfig, config: SamplingConfig, t: Tensor | int) -> float:
+    """The guidance scale at timestep `t`."""
+    first, last = config.guidance_interval
+    return config.guidance_scale if first <= t / noise.num_train_timesteps <= last else 1.0
+
+
+def renoise(x_prev: Tensor, t: Tensor, scheduler: Any, z: Tensor) -> Tensor:
+    """Go back from the end of a step to its start: a draw from q(x_t | x_prev).
+
+    sqrt(a) x_prev + sqrt(1 - a) z with a = alphas_cumprod_t / alphas_cumprod_prev. Taking the
+    step again then lets the network mend what does not fit what it has meanwhile drawn elsewhere
+    (RePaint, Lugmayr et al. 2022, algorithm 1, line 9).
+
+    Args:
+        x_prev: (N, 3, H, W), what the step of `scheduler` from `t` gave.
+        z: (N, 3, H, W) standard normal noise.
+    """
+    if isinstance(scheduler, DDIMScheduler):
+        previous = t - len(scheduler.alphas_cumprod) // scheduler.num_inference_steps
+    else:
+        previous = scheduler.previous_timestep(t)
+    a = scheduler.alphas_cumprod[t]
+    if previous >= 0:  # before the first step stands x_0, whose alphas_cumprod is 1
+        a = a / scheduler.alphas_cumprod[previous]
+    return a.sqrt().to(x_prev.device) * x_prev + (1 - a).sqrt().to(x_prev.device) * z
+
+
+def draw_noise(generators: Sequence[torch.Generator], size: int) -> Tensor:
+    """Standard normal (N, 3, S, S) on the CPU, from each picture's own generator."""
+    return torch.cat([torch.randn(1, 3, size, size, generator=g) for g in generators])
+
+
+def evaluations(noise: SchedulerConfig, config: SamplingConfig) -> int:
+    """Evaluations of the network for one picture; a guided step takes two."""
+    scheduler = make_scheduler(noise, config.scheduler)
+    scheduler.set_timesteps(check_steps(noise, config))
+    return sum(
+        step_repeats(noise, config, t) * (1 if step_guidance(noise, config, t) in (0, 1) else 2)
+        for t in scheduler.timesteps
+    )
 
 
 @torch.no_grad()
@@ -328,7 +382,6 @@ def sample(
     size = model.image_size
     steps = check_steps(noise, config)
     scheduler = make_scheduler(noise, config.scheduler)
-    first, last = config.guidance_interval
     kept_steps = np.linspace(0, steps, num_intermediates).round().astype(int).tolist()
 
     count, mine = len(seeds), processes.shard(len(seeds))
@@ -348,22 +401,25 @@ def sample(
                 "ddpm": {"generator": generators},
                 "ddim": {"generator": generators, "eta": config.eta},
             }.get(config.scheduler, {})
-            x_t = torch.cat([torch.randn(1, 3, size, size, generator=g) for g in generators])
-            x_t = x_t.to(device)
+            x_t = draw_noise(generators, size).to(device)
             scheduler.set_timesteps(steps)
             kept = [x_t.cpu()] * kept_steps.count(0)
             for done, t in enumerate(scheduler.timesteps, start=1):
-                guided = first <= t / noise.num_train_timesteps <= last
-                with autocast(device, dtype):
-                    prediction = guided_prediction(
-                        model, x_t, t.to(device), y, config.guidance_scale if guided else 1.0
-                    )
-                if config.classifier_guidance_scale:
-                    prediction = classifier_guidance(
-                        prediction, x_t, t, y, scheduler, noise, guide,
-                        config.classifier_guidance_scale,
-                    )  # fmt: skip
-                x_t = scheduler.step(prediction, t, x_t, **extra).prev_sample
+                guidance_scale = step_guidance(noise, config, t)
+                repeats = step_repeats(noise, config, t)
+                for repeat in range(repeats):
+                    with autocast(device, dtype):
+                        prediction = guided_prediction(
+                            model, x_t, t.to(device), y, guidance_scale
+                        )
+                    if config.classifier_guidance_scale:
+                        prediction = classifier_guidance(
+                            prediction, x_t, t, y, scheduler, noise, guide,
+                            config.classifier_guidance_scale,
+                        )  # fmt: skip
+                    x_t = scheduler.step(prediction, t, x_t, **extra).prev_sample
+                    if repeat < repeats - 1:
+                        x_t = renoise(x_t, t, scheduler, draw_noise(generators, size).to(device))
                 kept += [x_t.cpu()] * kept_steps.count(done)
                 bar.update()
             pictures.append(x_t.cpu())

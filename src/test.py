@@ -280,6 +280,9 @@ def folder_name(config: TestConfig) -> str:
     name += f"-eta{sampling.eta:g}" if sampling.eta else ""
     if sampling.guidance_interval != (0, 1):
         name += "-interval{:g}-{:g}".format(*sampling.guidance_interval)
+    name += f"-resample{sampling.resample}" if sampling.resample > 1 else ""
+    if sampling.resample_interval != (0, 1):
+        name += "-in{:g}-{:g}".format(*sampling.resample_interval)
     name += f"-guided_by_the_judge{strength:g}" if strength else ""
     if config.num_seeds > 1:
         name += f"-seeds{config.seed}to{config.seed + config.num_seeds - 1}"

@@ -14,10 +14,12 @@ from diffusion import (
     derive_seed,
     draw_timesteps,
     drop_labels,
+    evaluations,
     guided_prediction,
     make_scheduler,
     min_snr_weight,
     picture_seeds,
+    renoise,
     sample,
     scale,
     training_loss,
@@ -114,35 +116,43 @@ def by_hand(model, y, seed, config, noise=NOISE):
     x = torch.randn(1, 3, 8, 8, generator=g).double()
     stride = total // steps
     for t in range(total - stride, -1, -stride):
-        cond, uncond = model(x, t, y), model(x, t, torch.zeros_like(y))
-        eps = uncond + config.guidance_scale * (cond - uncond)
         before = alpha_bar[t - stride] if t >= stride else torch.tensor(1.0).double()
-        if config.scheduler == "ddpm":
-            alpha, sigma2 = alpha_bar[t] / before, None
-            x_mean = (x - (1 - alpha) / (1 - alpha_bar[t]).sqrt() * eps) / alpha.sqrt()
-            sigma2 = (1 - before) / (1 - alpha_bar[t]) * (1 - alpha)
-            z = torch.randn(1, 3, 8, 8, generator=g).double() if t > 0 else 0
-            x = x_mean + sigma2.sqrt() * z
-        else:
-            x_0 = (x - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()
-            ratio = (1 - before) / (1 - alpha_bar[t]) * (1 - alpha_bar[t] / before)
-            sigma = config.eta * ratio.sqrt()
-            z = torch.randn(1, 3, 8, 8, generator=g).double() if config.eta > 0 else 0
-            x = before.sqrt() * x_0 + (1 - before - sigma**2).sqrt() * eps + sigma * z
+        repeats = config.resample if config.resample_interval[0] <= t / total else 1
+        for repeat in range(repeats):
+            if repeat:  # RePaint's algorithm 1, line 9
+                z = torch.randn(1, 3, 8, 8, generator=g).double()
+                x = (alpha_bar[t] / before).sqrt() * x + (1 - alpha_bar[t] / before).sqrt() * z
+            cond, uncond = model(x, t, y), model(x, t, torch.zeros_like(y))
+            eps = uncond + config.guidance_scale * (cond - uncond)
+            if config.scheduler == "ddpm":
+                alpha = alpha_bar[t] / before
+                x_mean = (x - (1 - alpha) / (1 - alpha_bar[t]).sqrt() * eps) / alpha.sqrt()
+                sigma2 = (1 - before) / (1 - alpha_bar[t]) * (1 - alpha)
+                z = torch.randn(1, 3, 8, 8, generator=g).double() if t > 0 else 0
+                x = x_mean + sigma2.sqrt() * z
+            else:
+                x_0 = (x - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()
+                ratio = (1 - before) / (1 - alpha_bar[t]) * (1 - alpha_bar[t] / before)
+                sigma = config.eta * ratio.sqrt()
+                z = torch.randn(1, 3, 8, 8, generator=g).double() if config.eta > 0 else 0
+                x = before.sqrt() * x_0 + (1 - before - sigma**2).sqrt() * eps + sigma * z
     return x.clamp(-1, 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "eta"),
-    [("ddpm", 20, 0.0), ("ddpm", 5, 0.0), ("ddim", 20, 0.0), ("ddim", 5, 0.0), ("ddim", 10, 0.6),
-     ("ddim", 20, 1.0)],
+    ("name", "steps", "more"),
+    [("ddpm", 20, {}), ("ddpm", 5, {}), ("ddim", 20, {}), ("ddim", 5, {}),
+     ("ddim", 10, {"eta": 0.6}), ("ddim", 20, {"eta": 1.0}),
+     ("ddpm", 10, {"resample": 3}), ("ddim", 5, {"resample": 2}),
+     ("ddpm", 5, {"resample": 2, "resample_interval": (0.3, 1.0)})],
 )  # fmt: skip
-def test_sampling_equals_the_equations(name, steps, eta):
+def test_sampling_equals_the_equations(name, steps, more):
     # A schedule without the cosine's huge last steps, so that rounding doesn't blur the comparison.
     noise = SchedulerConfig(beta_schedule="linear", num_train_timesteps=20)
     model, y = LinearModel(), labels_of(1, 9, 17)
-    config = replace(FLOAT, scheduler=name, num_inference_steps=steps, eta=eta)
+    config = replace(FLOAT, scheduler=name, num_inference_steps=steps, **more)
     images, _ = sample(model, noise, y, [5, 6, 7], config, progress=False)
+    assert len(model.calls) * 2 == evaluations(noise, config)
     model = model.double()
     for i in range(3):
         expected = by_hand(model, y[i : i + 1].double(), 5 + i, config, noise)
@@ -220,6 +230,20 @@ def test_samplers_follow_the_probability_flow_ode(kind, spacing):
         assert error(name, 12) / error(name, 24) > 3  # second order
 
 
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_going_back_a_step_has_the_forward_process_variance(name):
+    """x_prev of the forward process, noised again, is x_t of the forward process."""
+    scheduler = make_scheduler(NOISE, name)
+    scheduler.set_timesteps(10)
+    x_0, generator = torch.tensor(0.7), torch.Generator().manual_seed(0)
+    for t, previous in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
+        eps, z = torch.randn(2, 100_000, generator=generator)
+        x_prev = x_0 if previous is None else scheduler.add_noise(x_0, eps, previous)
+        x_t, alpha_bar = renoise(x_prev, t, scheduler, z), scheduler.alphas_cumprod[t]
+        assert abs(x_t.mean() - alpha_bar.sqrt() * x_0) < 0.015
+        assert abs(x_t.var() / (1 - alpha_bar) - 1) < 0.02
+
+
 def test_guidance_interval_costs_half_outside():
     """Noise levels t / T = .95, .85 ... .05: the middle ones are guided."""
     noise = replace(NOISE, timestep_spacing="trailing")
@@ -232,6 +256,7 @@ def test_guidance_interval_costs_half_outside():
         model, noise, y, [1], replace(config, guidance_interval=(0.3, 0.8)), progress=False
     )
     assert model.calls == [1] * 2 + [2] * 5 + [1] * 3
+    assert evaluations(noise, replace(config, guidance_interval=(0.3, 0.8))) == sum(model.calls)
     assert not torch.equal(part, whole)
 
 
@@ -346,6 +371,11 @@ def test_step_counts_that_miss_the_start_are_refused(total, spacing, name, steps
     else:
         with pytest.raises(UserError, match=expected):
             check_steps(noise, config)
+
+
+def test_resampling_needs_a_scheduler_without_memory():
+    with pytest.raises(UserError, match="--resample 3: dpmpp .*; use --scheduler ddpm"):
+        check_steps(NOISE, SamplingConfig(scheduler="dpmpp", resample=3))
 
 
 def test_eta_needs_ddim():
