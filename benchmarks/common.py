@@ -41,9 +41,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+        has = torch.cpu.get_capabilities()
+        name = has.get("cpu_name") or platform.processor() or platform.machine()
+        bf16 = [kind for kind in ("avx512_bf16", "amx_bf16", "bf16") if has.get(kind)]
+        name += f" ({', '.join(bf16) or 'no bf16 instructions'})"
     return {
-        "device": f"{device.type}, {name or platform.machine()}",
+        "device": f"{device.type}, {name}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

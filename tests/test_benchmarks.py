@@ -16,6 +16,7 @@ import ablations
 import sampling_steps
 import time_to_accuracy
 import training_runs
+import two_checkouts
 from common import model_flags
 
 from checkpoint import load_checkpoint, save_checkpoint
@@ -84,6 +85,17 @@ def test_both_recipes_are_trained_and_scored(trained, tmp_path, monkeypatch):
     assert time_to_accuracy.main([str(a) for a in argv]) == report
     argv[1] = 0.02
     assert "other settings" in error_of(time_to_accuracy.main, argv)
+
+
+def test_two_checkouts_take_turns(trained, tmp_path):
+    data, _, _ = trained
+    argv = ["--other", two_checkouts.ROOT, "--rounds", 1, "--steps", 5, "--data_dir", data,
+            f"--more={shlex.join(SMALL_NETWORK)} --epochs 50", "--out", tmp_path / "out.json"]
+    report = two_checkouts.main([str(a) for a in argv])  # fmt: skip
+    assert report["times_as_fast"]["median"] > 0 and (tmp_path / "out.json").exists()
+    assert "no checkout" in error_of(two_checkouts.main, ["--other", tmp_path])
+    argv[-3] = "--more=--lr 0"
+    assert "training ends with" in error_of(two_checkouts.main, argv)
 
 
 def test_a_failed_training_is_named_and_the_others_go_on(trained, tmp_path):
