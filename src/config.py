@@ -249,6 +249,11 @@ class TrainConfig(Settings):
     stratified_timesteps: bool = False
     """Spread the timesteps of a batch evenly (Kingma et al. 2021, appendix I.1): the loss of a
     batch then varies less."""
+    align_to: Path | None = None
+    """Draw the network's features towards those of this classifier (src/train_evaluator.py --seed 1
+    --out FILE; not the judge), which sees the picture without noise (REPA, Yu et al. 2024)."""
+    align_weight: PositiveFloat = 0.5
+    """Weight of that part of the loss."""
     ema: bool = True
     """Keep an exponential moving average of the weights; preview and test use it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999

@@ -409,9 +409,7 @@ def sample(
                 repeats = step_repeats(noise, config, t)
                 for repeat in range(repeats):
                     with autocast(device, dtype):
-                        prediction = guided_prediction(
-                            model, x_t, t.to(device), y, guidance_scale
-                        )
+                        prediction = guided_prediction(model, x_t, t.to(device), y, guidance_scale)
                     if config.classifier_guidance_scale:
                         prediction = classifier_guidance(
                             prediction, x_t, t, y, scheduler, noise, guide,

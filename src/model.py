@@ -38,18 +38,25 @@ class DiffusionModel(nn.Module):
         )
         self.image_size, self.patch_size = config.image_size, patch
 
-    def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor | int,
+        labels: Tensor,
+        features: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         """
         Args:
             x_t:    (N, 3, H, W) noisy pictures
             t:      (N,) or a scalar, timesteps in [0, T)
             labels: (N, num_classes) multi-hot; all zeros means "no condition"
+            features: takes the network's features, see `UNet2DModel.forward`
 
         Returns:
             (N, 3, H, W) prediction: eps, v or x_0, as it was trained
         """
         patches = F.pixel_unshuffle(x_t, self.patch_size)  # (N, 3 p^2, H / p, W / p)
-        prediction = self.unet(patches, t, self.class_embedding(labels))
+        prediction = self.unet(patches, t, self.class_embedding(labels), features)
         return F.pixel_shuffle(prediction, self.patch_size)
 
 

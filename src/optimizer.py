@@ -1,5 +1,7 @@
 """The optimiser: AdamW for all weights, or Muon for the matrices among them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
@@ -13,14 +15,21 @@ NOT_HIDDEN = ("unet.conv_in.", "unet.conv_out.", "class_embedding.0.")
 """Matrices between the network and the world, which Muon is not made for."""
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) or `Muon`, with the settings' learning rate and decay."""
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, more: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) or `Muon`, with the settings' learning rate and decay.
+
+    Args:
+        more: weights outside the network, which AdamW trains in any case.
+    """
     betas = (0.9, config.adam_beta2)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
-            model.parameters(), config.lr, betas, weight_decay=config.weight_decay, fused=True
-        )
-    hidden, others = [], []
+            [*model.parameters(), *more], config.lr, betas, weight_decay=config.weight_decay,
+            fused=True,
+        )  # fmt: skip
+    hidden, others = [], [*more]
     for name, weight in model.named_parameters():
         is_hidden = weight.ndim > 1 and not name.startswith(NOT_HIDDEN)
         (hidden if is_hidden else others).append(weight)

@@ -14,7 +14,7 @@ FREE_ON_RESUME = {
     "recipe", "resume", "epochs", "max_train_steps", "max_skipped_steps", "output_dir",
     "run_name", "save_interval", "sample_interval", "log_interval", "keep_last", "keep_best",
     "num_workers", "device", "compile", "wandb", "wandb_project", "dry_run", "data", "preview",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "align_to",
 }  # fmt: skip
 
 

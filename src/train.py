@@ -12,6 +12,7 @@ samples/epoch_N.png, whose accuracy is logged.
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import processes
+from alignment import Alignment
 from checkpoint import (
     Checkpoint,
     DamagedFileError,
@@ -56,7 +58,7 @@ from diffusion import (
     scale,
     training_loss,
 )
-from evaluator import load_evaluator
+from evaluator import Evaluator, load_evaluator
 from files import (
     atomic_write,
     check_folder,
@@ -84,6 +86,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    alignment: Alignment | None
     skipped: Tensor
     """(2,) on the device: steps skipped for NaN or infinite gradients, in all and in a row."""
     step: int = 0
@@ -96,6 +99,7 @@ class TrainState:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
+            "alignment": self.alignment.state_dict() if self.alignment else None,
         }
 
     def load(self, checkpoint: Checkpoint, path: Path) -> None:
@@ -111,6 +115,8 @@ class TrainState:
             self.optimizer.load_state_dict(checkpoint.training["optimizer"])
             self.lr_scheduler.load_state_dict(checkpoint.training["lr_scheduler"])
             self.scaler.load_state_dict(checkpoint.training["scaler"])
+            if self.alignment is not None:
+                self.alignment.load_state_dict(checkpoint.training["alignment"])
             self.skipped.copy_(checkpoint.training.get("skipped", self.skipped))
             self.losses = [loss.to(self.skipped.device)
                            for loss in checkpoint.training.get("losses", [])]  # fmt: skip
@@ -169,7 +175,8 @@ def train_step(
     eps = torch.randn(count, *x_0.shape[1:], device=device, generator=generator)
     kept = drop_labels(torch.ones(count, 1, device=device), config.cfg_dropout_prob, generator)
     mine = processes.shard(count)
-    x_0, labels, t, eps = scale(x_0, config.noise), labels * kept[mine], t[mine], eps[mine]
+    images, labels, t, eps = x_0, labels * kept[mine], t[mine], eps[mine]
+    x_0 = scale(images, config.noise)
 
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=device)
@@ -178,15 +185,19 @@ def train_step(
         part = slice(len(x_0) * number // parts, len(x_0) * (number + 1) // parts)
         last = number == parts - 1  # processes exchange their gradients only then
         with contextlib.nullcontext() if last else no_sync(state.parallel):
+            features = {} if state.alignment else None
             with autocast(device, dtype):
                 losses = training_loss(
-                    state.parallel, scheduler, x_0[part], labels[part], t[part], eps[part],
-                    config.min_snr_gamma,
+                    functools.partial(state.parallel, features=features), scheduler, x_0[part],
+                    labels[part], t[part], eps[part], config.min_snr_gamma,
                 )  # fmt: skip
-            loss = losses.sum() / count
+                total += losses.detach().sum() / count
+                if state.alignment:
+                    losses = losses + config.align_weight * state.alignment(features, images[part])
             # Gradients become their mean over processes: the sum is wanted.
-            state.scaler.scale(loss * processes.world_size()).backward()
-        total += loss.detach()
+            state.scaler.scale(losses.sum() / count * processes.world_size()).backward()
+    if state.alignment:
+        state.alignment.share_gradients()
 
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
@@ -252,6 +263,23 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"--compile: torch.compile fails here ({why}); leave it out") from None
 
 
+def load_teacher(
+    path: Path, judge: Evaluator | None, objects: dict[str, int], device: torch.device
+) -> Evaluator:
+    """The classifier of --align_to.
+
+    Raises:
+        UserError: as `load_evaluator`; or it is the judge, which must not know its pupil.
+    """
+    teacher = load_evaluator(path, objects, device)
+    if judge and judge.blob == teacher.blob:
+        raise UserError(
+            f"--align_to {path}: is the judge itself; train another classifier with "
+            f"python src/train_evaluator.py --seed 1 --out FILE"
+        )
+    return teacher
+
+
 def data_key(dataset: IclevrDataset) -> str:
     """Hash of the training pictures' names and labels, to resume on the same ones only."""
     key = hashlib.sha256("\n".join(dataset.names).encode("utf-8", "surrogatepass"))
@@ -259,14 +287,24 @@ def data_key(dataset: IclevrDataset) -> str:
     return key.hexdigest()
 
 
-def build_state(config: TrainConfig, total_steps: int, device: torch.device) -> TrainState:
-    """Network, average, optimiser and schedules before the first step."""
+def build_state(
+    config: TrainConfig, total_steps: int, device: torch.device, teacher: Evaluator | None = None
+) -> TrainState:
+    """Network, average, optimiser and schedules before the first step.
+
+    Args:
+        teacher: whose features the network's are aligned to; None: of nobody.
+
+    Raises:
+        UserError: the network's features don't fit the teacher's.
+    """
     torch.manual_seed(config.seed)
     model = DiffusionModel(config.model)
     if config.zero_init:
         zero_init(model)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, config)
+    alignment = Alignment(teacher, config.model).to(device) if teacher else None
+    optimizer = make_optimizer(model, config, [*alignment.parameters()] if alignment else [])
     parallel = model
     if processes.world_size() > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -279,6 +317,7 @@ def build_state(config: TrainConfig, total_steps: int, device: torch.device) -> 
         torch.amp.GradScaler(
             device.type, enabled=autocast_dtype(config.mixed_precision, device) == torch.float16
         ),
+        alignment,
         torch.zeros(2, device=device),
     )
 
@@ -336,6 +375,7 @@ class Trainer:
         objects: name -> index in the labels.
         preview: draws the test conditions.
         device: where the network trains.
+        teacher: whose features the network's are aligned to.
     """
 
     def __init__(
@@ -345,6 +385,7 @@ class Trainer:
         objects: dict[str, int],
         preview: Preview,
         device: torch.device,
+        teacher: Evaluator | None = None,
     ):
         self.config, self.loader, self.objects, self.preview = config, loader, objects, preview
         self.device, self.dtype = device, autocast_dtype(config.mixed_precision, device)
@@ -357,7 +398,7 @@ class Trainer:
             config.epochs * self.steps_per_epoch, config.max_train_steps or sys.maxsize
         )
         self.scheduler = make_scheduler(config.noise)
-        self.state = build_state(config, self.total_steps, device)
+        self.state = build_state(config, self.total_steps, device, teacher)
         self.saved: Path | None = None
         """The last checkpoint."""
         self.saved_step = 0
@@ -654,6 +695,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             f"{config.model.num_classes}; set --num_classes {len(objects)}"
         )
     judge = load_evaluator(paths.evaluator, objects, device) if paths.evaluator else None
+    teacher = load_teacher(config.align_to, judge, objects, device) if config.align_to else None
     for flag, wanted in (
         ("--keep_best", config.keep_best),
         ("--preview_fd_samples", config.preview.preview_fd_samples),
@@ -671,7 +713,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
     )  # fmt: skip
     check_shares(config, loader.batch_sampler.batch_size)  # smaller, where pictures are few
-    trainer = Trainer(config, loader, objects, Preview(config, paths, objects, judge), device)
+    preview = Preview(config, paths, objects, judge)
+    trainer = Trainer(config, loader, objects, preview, device, teacher)
     state = trainer.state
     if config.resume:
         try:

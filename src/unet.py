@@ -504,13 +504,19 @@ class UNet2DModel(nn.Module):
         self.halve_every_block = halve_every_block
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | int, class_labels: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor | int,
+        class_labels: Tensor | None = None,
+        features: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """
         Args:
             sample:       (N, in_channels, H, W) noisy pictures x_t
             timestep:     (N,), a scalar tensor or an int, t in [0, T)
             class_labels: (N, D) embedding of the condition, with class_embed_type "identity"
+            features:     takes the features of the way down, and the mid block's in their place:
+                side H -> (N, C, H, H), the last ones of each side
 
         Returns:
             (N, out_channels, H, W)
@@ -530,7 +536,11 @@ class UNet2DModel(nn.Module):
             skips += new_skips
         if self.halve_every_block:
             skips.pop()  # the coarsest features go on through the mid block alone
+        if features is not None:
+            features |= {skip.shape[2]: skip for skip in skips}
         x = self.mid_block(x, temb)
+        if features is not None:
+            features[x.shape[2]] = x
         for block in self.up_blocks:
             x = block(x, skips, temb)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

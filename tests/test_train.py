@@ -95,6 +95,7 @@ def test_preview_is_sampled_and_scored_by_the_one_function(trained):
     [
         ("no", "adamw", []),
         ("no", "muon", []),
+        ("no", "muon", ["--align_to", "TEACHER"]),
         ("no", "adamw", ["--no-ema", "--gradient_accumulation_steps", 2, "--num_workers", 1]),
         ("fp16", "adamw", []),
         ("fp16", "muon", []),
@@ -103,6 +104,11 @@ def test_preview_is_sampled_and_scored_by_the_one_function(trained):
 def test_resumed_run_equals_the_uninterrupted_one(
     world, tmp_path, monkeypatch, precision, optimizer, more
 ):
+    if "TEACHER" in more:
+        more = ["--align_to", tmp_path / "teacher.pth"]
+        train_evaluator.main(
+            ["--data_dir", str(world), "--epochs", "1", "--device", "cpu", "--out", str(more[1])]
+        )
     flags = ("--epochs", 4, "--dropout", 0.1, "--log_interval", 3, "--mixed_precision", precision,
              "--optimizer", optimizer, *more)  # fmt: skip
     if precision == "fp16":  # an overflow in the second step of both runs halves the loss scale
