@@ -34,7 +34,7 @@ NETWORKS = {
 TOY = (
     "--image_size 16 --patch_size 1 --block_out_channels 16 32 --layers_per_block 1 "
     "--down_block_types DownBlock2D AttnDownBlock2D --up_block_types AttnUpBlock2D UpBlock2D "
-    "--norm_num_groups 8 --attention_head_dim 8 --batch_size 16 --num_train_timesteps 20"
+    "--norm_num_groups 8 --attention_head_dim 8 --batch_size 8 --num_train_timesteps 20"
 )
 TOY_STEPS = 12
 
@@ -63,17 +63,21 @@ class Job:
         self.work, self.out = config.work_dir.resolve(), config.out_dir.resolve()
         self.until = config.until or time.time() + 3600
         self.device = pick_device("cpu" if config.toy else None)
-        self.report: dict[str, Any] = {"machine": machine(self.device), "text": []}
+        self.report: dict[str, Any] = {"machine": machine(self.device), "text": {}}
 
     def left(self) -> float:
         """Seconds."""
         return self.until - time.time()
 
-    def note(self, text: str = "", **figures: Any) -> None:
-        """Keep figures, and a paragraph for the summary, whatever happens afterwards."""
+    def note(self, text: str = "", key: str = "", **figures: Any) -> None:
+        """Keep figures, and a paragraph for the summary, whatever happens afterwards.
+
+        Args:
+            key: the paragraph replaces the one of this name.
+        """
         self.report |= figures
         if text:
-            self.report["text"].append(text)
+            self.report["text"][key or str(len(self.report["text"]))] = text
             print(text, flush=True)
         write_json(self.work / f"{self.config.stage}.json", self.report)
 

@@ -38,7 +38,7 @@ from scoring import Bench, draw_frechet, draw_splits, open_bench, with_reference
 def data(job: Job) -> None:
     """Render the stand-in with all cores, decode it, and compute the judge's features."""
     since = time.perf_counter()
-    sequences = 32 if job.toy else 6003
+    sequences = 12 if job.toy else 6003
     render_iclevr.main(["--num_sequences", str(sequences), "--out_dir", str(job.work / "data")])
     seconds = time.perf_counter() - since
     job.note(f"{3 * sequences:,} pictures rendered in {seconds:.0f} s, {os.cpu_count()} cores")
@@ -113,7 +113,7 @@ def sampling(job: Job) -> None:
 
 def splits(job: Job, label: str, bench: Bench, how: SamplingConfig) -> None:
     """Both splits, after one evaluation of the network to warm up."""
-    draw_splits(bench, replace(how, scheduler="dpmpp", num_inference_steps=2), 0, progress=False)
+    draw_splits(bench, replace(how, scheduler="dpmpp", num_inference_steps=5), 0, progress=False)
     count = sum(map(len, bench.labels.values()))
     clock(job, f"2 x 32 conditions, {label}", count,
           lambda: draw_splits(bench, how, 1, progress=False))  # fmt: skip

@@ -104,13 +104,13 @@ def small(job: Job) -> None:
 def draw_and_judge(job: Job, network: Path) -> None:
     """Both splits, several draws, beside the network that comes with the repository."""
     columns: dict[str, dict[str, str]] = {}
-    seeds, steps = (2, 10) if job.toy else (8, 12)
+    seeds, steps = (1, 5) if job.toy else (8, 12)
     todo = {f"this network, DDPM {steps}": (network, steps),
             f"the shipped one, DDPM {steps}": (PRETRAINED, steps),
             "this network, DDPM 20": (network, 20)}  # fmt: skip
     judged = {}
     for label, (path, count) in todo.items():
-        if job.left() < 6:
+        if job.left() < 6 or (job.toy and count > steps):
             print(f"no time for {label}", flush=True)
             continue
         flags = f"--scheduler ddpm --num_inference_steps {count} --num_seeds {seeds} "
@@ -123,7 +123,7 @@ def draw_and_judge(job: Job, network: Path) -> None:
             for figure in ("accuracy", "exact_sets"):
                 column = columns.setdefault(f"{split} {figure.replace('_', ' ')}", {})
                 column[label] = str(Interval(**figures[figure]))
-        if path == network and not (job.out / "pictures.png").exists():
+        if len(judged) == 1:
             (folder,) = (job.work / "result" / "standin-gpu").glob(f"*-{report['settings']}")
             grids = [Image.open(folder / f"{split}_grid.png") for split in report["figures"]]
             both = Image.new("RGB", (grids[0].width, sum(g.height for g in grids)))
