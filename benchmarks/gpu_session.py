@@ -42,6 +42,7 @@ from gpu_job import WORK_DIR, StageName
 from config import PositiveFloat, Settings, UserError, parse_args, run
 from files import atomic_write, make_folder, read_json, write_json
 
+SCRIPT = Path(__file__).with_name("gpu_stages.py")
 SHARES: dict[StageName, float] = {
     "tests": 65, "speed": 85, "small": 270, "recipes": 80, "sampling": 30,
 }  # fmt: skip
@@ -115,7 +116,7 @@ class Stage:
         self.ended = self.until
         self.figures = config.work_dir / f"{name}.json"
         self.figures.unlink(missing_ok=True)  # of a session before
-        command = [sys.executable, str(Path(__file__).with_name("gpu_stages.py")), "--stage", name,
+        command = [sys.executable, str(SCRIPT), "--stage", name,
                    "--until", str(self.until - GRACE), "--work_dir", str(config.work_dir),
                    "--out_dir", str(config.out_dir)] + ["--toy"] * config.toy  # fmt: skip
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(config.work_dir.resolve() / "compiled")}

@@ -61,11 +61,12 @@ def profile_table(variant: Variant, name: str) -> str:
             variant.step()
         synchronize(variant.device)
         wall = time.perf_counter() - since
-    # On a card operators and annotations carry their kernels' time too: count the kernels alone.
-    events = [e for e in kept.key_averages() if not cuda or
-              (e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False))]  # fmt: skip
-    seconds = {e: 1e-6 * (e.self_device_time_total if cuda else e.self_cpu_time_total)
-               for e in events}  # fmt: skip
+    events = kept.key_averages()
+    if cuda:  # operators and annotations carry their kernels' time too: count the kernels alone
+        events = [e for e in events if e.device_type.name == "CUDA"]
+        events = [e for e in events if not getattr(e, "is_user_annotation", False)]
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    seconds = {e: 1e-6 * getattr(e, key) for e in events}
     whole, top = sum(seconds.values()), sorted(events, key=lambda e: -seconds[e])[:12]
     rows = {f"{n}. `{e.key[:90].replace('|', '/')}`": e for n, e in enumerate(top, start=1)}
     columns = {

@@ -105,7 +105,7 @@ def sampling(job: Job) -> None:
                 how = SamplingConfig(scheduler=name)
                 steps = check_steps(full.checkpoint.config.noise, how)
                 splits(job, f"full size, {name.upper()} {steps}", full, how)
-    rows = job.report["seconds"]
+    rows = job.report["draws"]
     rates = {n: f"{row['pictures'] / row['seconds']:,.0f}" for n, row in rows.items()}
     cells = {n: f"{row['seconds']:.2f}" for n, row in rows.items()}
     job.note(table("what is drawn, guidance 3", {"seconds": cells, "pictures/s": rates}))
@@ -123,7 +123,7 @@ def clock(job: Job, label: str, pictures: int, draw: Callable[[], Any]) -> None:
     since = time.perf_counter()
     draw()
     row = {"seconds": time.perf_counter() - since, "pictures": pictures}
-    job.note(seconds=job.report.get("seconds", {}) | {label: row})
+    job.note(draws=job.report.get("draws", {}) | {label: row})
 
 
 STAGES: dict[StageName, Callable[[Job], None]] = {
