@@ -57,6 +57,9 @@ BESIDE: dict[StageName, tuple[StageName, ...]] = {
 }
 """What is made ready beside the tests, and by whom it is wanted."""
 BESIDE_SECONDS = 100.0
+"""Of nine minutes, as above."""
+TOY_SLACK = 6.0
+"""A rehearsal has its steps counted, and may share its cores with others: limits are wider."""
 END = 6.0
 """Seconds kept for the last files."""
 GRACE = 8.0
@@ -84,7 +87,7 @@ class Session:
 
     def __init__(self, config: SessionConfig, log: TextIO):
         self.config, self.log = config, log
-        self.end = START + 60 * config.minutes - END
+        self.end = START + 60 * config.minutes * (TOY_SLACK if config.toy else 1) - END
         self.results: dict[str, Any] = {"minutes": config.minutes, "toy": config.toy, "stages": {}}
 
     def start(self, stage: StageName, seconds: float) -> "Stage":
@@ -178,7 +181,7 @@ def share(stage: StageName, stages: Sequence[StageName], left: float) -> float:
 def run_stages(session: Session) -> None:
     stages = [name for name in SHARES if name in session.config.stages]
     ready = [s for s, wanted in BESIDE.items() if set(wanted) & set(stages)]
-    seconds = min(BESIDE_SECONDS, (session.end - time.time()) / 2)
+    seconds = (session.end - time.time()) * BESIDE_SECONDS / 540
     running = {name: session.start(name, seconds) for name in ready}
     try:
         for name in stages:
