@@ -1,7 +1,7 @@
 """Everything there is to measure on a GPU in some minutes, by one command, in order of value.
 
     python benchmarks/gpu_session.py --minutes 9                        # on a machine with a GPU
-    python benchmarks/gpu_session.py --minutes 4 --stages recipes       # some of it, longer
+    python benchmarks/gpu_session.py --minutes 3 --stages recipes       # some of it, longer
     python benchmarks/gpu_session.py --toy                              # a rehearsal, on a CPU
 
 Stages, each a process of its own with its share of the time, which ends with it:
@@ -44,11 +44,11 @@ from files import atomic_write, make_folder, read_json, write_json
 
 SCRIPT = Path(__file__).with_name("gpu_stages.py")
 SHARES: dict[StageName, float] = {
-    "tests": 65, "speed": 85, "small": 270, "recipes": 80, "sampling": 30,
+    "tests": 80, "speed": 85, "small": 260, "recipes": 70, "sampling": 45,
 }  # fmt: skip
 """Seconds of nine minutes, in proportion; what a stage leaves is shared by those after it."""
 LEAST: dict[StageName, float] = {
-    "tests": 20, "speed": 30, "small": 75, "recipes": 60, "sampling": 15,
+    "tests": 20, "speed": 30, "small": 75, "recipes": 60, "sampling": 20,
 }  # fmt: skip
 """Seconds below which a stage is not started."""
 BESIDE: dict[StageName, tuple[StageName, ...]] = {
@@ -62,7 +62,7 @@ TOY_SLACK = 6.0
 """A rehearsal has its steps counted, and may share its cores with others: limits are wider."""
 END = 6.0
 """Seconds kept for the last files."""
-GRACE = 8.0
+GRACE = 5.0
 """Seconds between the request to stop and the kill."""
 
 

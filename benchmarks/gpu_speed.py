@@ -100,8 +100,8 @@ def speed(job: Job) -> None:
         CHOICES: (job.settings(CHOICES), {}),
         "batch 256, compiled": (batches[256], {"compiled": True}),
     }
-    measure_waiting(job, full)
-    free_memory()
+    for network in (ORIGINAL, SMALL):
+        measure_waiting(job, network)
     rows: dict[str, dict[str, Any]] = {}
     seconds = {False: 8.0, True: 20.0}  # of a variant, compiled or not
     for name, (config, options) in variants.items():
@@ -120,18 +120,20 @@ def speed(job: Job) -> None:
         job.note(speed_table(rows), key="table", variants=rows)
 
 
-def measure_waiting(job: Job, config: TrainConfig) -> None:
+def measure_waiting(job: Job, network: str) -> None:
     """The share of a training step that waits for the loader."""
-    folder = job.work / "data"
+    folder, config = job.work / "data", job.settings(network)
     if not (folder / "train.json").exists():
-        return job.note("waiting for data: not measured, there are no pictures")
+        return job.note("waiting for data: not measured, there are no pictures", key="waiting")
     loader = get_dataloader(
         folder, folder / "iclevr", "train", config.batch_size,
         image_size=config.model.image_size, pin_memory=job.device.type == "cuda",
     )  # fmt: skip
     setup = PipelineConfig(batch_size=config.batch_size, model=config.model, rounds=1)
     share = Waiting(loader, setup, job.device)()
-    job.note(f"waiting for data: at most {100 * share:.2f}% of a step", waiting=share)
+    figures = job.report.get("waiting", {}) | {network: share}
+    job.note(f"waiting for data, {network}: at most {100 * share:.2f}% of a step", waiting=figures)
+    free_memory()
 
 
 def speed_table(rows: dict[str, dict[str, Any]]) -> str:

@@ -93,11 +93,10 @@ def sampling(job: Job) -> None:
     count = 8 if job.toy else 2048
     label = f"{bench.run_name}, DDPM {few.num_inference_steps}"
     splits(job, label, bench, few)
+    clock(job, f"Frechet distance of {count}, {label}", count,
+          lambda: draw_frechet(bench, few, 0, count, progress=False))  # fmt: skip
     clock(job, f"sweep of 19 scales, {label}", 19 * 64,
           lambda: guidance_scale.main([*shlex.split(sweep), *map(str, where)]))  # fmt: skip
-    if job.left() > 15 or job.toy:
-        clock(job, f"Frechet distance of {count}, {label}", count,
-              lambda: draw_frechet(bench, few, 0, count, progress=False))  # fmt: skip
     if found is not None:
         full = open_bench(found, job.data, str(job.device))
         for name in ("ddim", "ddpm"):

@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import matplotlib.pyplot as plt
-from common import table
+from common import show, table
 from gpu_job import CHOICES, ORIGINAL, SMALL, TOY_STEPS, Job, free_memory
 from gpu_speed import measure
 from PIL import Image
@@ -57,6 +57,18 @@ def previews(found: list[dict[str, Any]]) -> str:
     return "previews' accuracy over minutes in steps: " + (", ".join(cells) or "none")
 
 
+def compile_or_not(
+    eager: dict[str, Any], compiled: dict[str, Any] | None, seconds: float
+) -> tuple[bool, float, float]:
+    """What gives more pictures in the time: whether to compile, pictures/s, seconds of warm-up."""
+    plain = eager["pictures_per_s"]["median"]
+    if compiled:
+        rate, warm_up = compiled["pictures_per_s"]["median"], compiled["warm_up_s"]
+        if rate * (seconds - warm_up) > plain * seconds:
+            return True, rate, warm_up
+    return False, plain, 0.0
+
+
 def small(job: Job) -> None:
     """Train the widened small network for the time there is, draw with it, and judge it."""
     config, since = job.settings(SMALL), time.time()
@@ -67,14 +79,8 @@ def small(job: Job) -> None:
     if eager is None:
         eager = measure(job, config, 1.0)
         free_memory()
-    seconds = job.left() - (0 if job.toy else 40)  # to draw, judge and export
-    rate, warm_up = eager["pictures_per_s"]["median"], 0.0
-    gain = 0.0
-    if compiled:
-        gain = compiled["pictures_per_s"]["median"] * (seconds - compiled["warm_up_s"])
-    compiles = gain > rate * seconds
-    if compiles:
-        rate, warm_up = compiled["pictures_per_s"]["median"], compiled["warm_up_s"]
+    seconds = job.left() - (0 if job.toy else 35)  # to draw, judge and export
+    compiles, rate, warm_up = compile_or_not(eager, compiled, seconds)
     # What previews, loader and start take is left over: the learning rate must come to its end.
     steps = int(0.9 * rate * (seconds - warm_up - 5) / config.batch_size)
     steps = TOY_STEPS if job.toy else max(steps, 100)
@@ -85,9 +91,10 @@ def small(job: Job) -> None:
     flags += f"--preview_steps {5 if job.toy else 25} {'--compile' if compiles else ''}"
     found = train_run(job, "small", flags, seconds)
     minutes, seen = found[-1]["minutes"], found[-1]["step"] * config.batch_size
+    speeds = [r["images_per_s"] for r in found if "images_per_s" in r]
     job.note(
         f"`{flags}`: {minutes:.1f} minutes in steps, {(time.time() - since) / 60:.1f} in all, "
-        f"{seen:,} pictures; {previews(found)}",
+        f"{seen:,} pictures, {show(speeds)} a second; {previews(found)}",
         flags=flags, minutes=minutes, pictures_seen=seen, steps_planned=steps,
         records=[r for r in found if "preview_accuracy" in r],
     )  # fmt: skip
@@ -95,6 +102,8 @@ def small(job: Job) -> None:
     half.unlink(missing_ok=True)
     export.main(["--ckpt_path", str(whole), "--to", "half", "--out", str(half),
                  "--run_name", "standin-gpu"])  # fmt: skip
+    for old in job.out.glob("network.pth.*"):  # of a session before
+        old.unlink()
     weights = half.read_bytes()
     for number, start in enumerate(range(0, len(weights), PART)):
         (job.out / f"network.pth.{number}").write_bytes(weights[start : start + PART])

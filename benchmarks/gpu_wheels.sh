@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gathers what gpu_session.py needs on a machine that reaches nothing and has Python 3.12 (x86-64),
 # torch 2.11, torchvision, accelerate, torchmetrics, safetensors, scipy, matplotlib, pytest and
-# their needs: the missing wheels, in .wheels/. Then prints the command to run there.
+# their needs: the missing wheels, in .wheels/. Then prints the commands to run there.
 #
 #     benchmarks/gpu_wheels.sh
 set -euo pipefail
@@ -33,5 +33,7 @@ fi
 cat <<'END'
 carry: .wheels
 command, in the repository's folder there, with 600 seconds:
-python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .wheels/*.whl && export PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1 && python3 benchmarks/gpu_session.py --minutes 9 --out_dir "${OUT:-results}"
+python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .wheels/*.whl && export PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1 && python3 benchmarks/gpu_session.py --minutes 9 --stages tests speed small sampling --out_dir "${OUT:-results}"
+then, while data and compiled networks are still there:
+export PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1 && python3 benchmarks/gpu_session.py --minutes 3 --stages recipes --out_dir "${OUT:-results}"
 END

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu_session
 from gpu_job import NETWORKS, SMALL, Job, StageConfig
+from gpu_training import compile_or_not
 
 from checkpoint import load_checkpoint
 from model import stages
@@ -94,6 +95,16 @@ def test_time_that_a_stage_leaves_goes_to_those_after_it():
     assert gpu_session.share("speed", names, after) == gpu_session.SHARES["speed"]
     assert gpu_session.share("speed", names, 2 * after) == 2 * gpu_session.SHARES["speed"]
     assert gpu_session.share("sampling", names, 17) == 17
+
+
+def test_the_compiler_has_to_earn_its_time():
+    def row(rate, warm_up):
+        return {"pictures_per_s": {"median": rate}, "warm_up_s": warm_up}
+
+    eager = row(100.0, 1.0)
+    assert compile_or_not(eager, None, 200) == (False, 100, 0)
+    assert compile_or_not(eager, row(150.0, 60.0), 200) == (True, 150, 60)  # 21,000 over 20,000
+    assert compile_or_not(eager, row(150.0, 60.0), 150) == (False, 100, 0)
 
 
 def test_networks_are_what_they_should_be(tmp_path):
