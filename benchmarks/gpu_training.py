@@ -88,7 +88,8 @@ def small(job: Job) -> None:
     interval = max(1, round(steps * config.batch_size / pictures / 6))
     flags = f"{job.flags(SMALL)} --max_train_steps {steps} --lr_warmup_steps {steps // 50} "
     flags += f"--ema_decay {max(0.9, 1 - 10 / steps):.5f} --sample_interval {interval} "
-    flags += f"--preview_steps {5 if job.toy else 25} {'--compile' if compiles else ''}"
+    flags += f"--preview_steps {5 if job.toy else 25} --log_interval 10"
+    flags += " --compile" if compiles else ""
     found = train_run(job, "small", flags, seconds)
     minutes, seen = found[-1]["minutes"], found[-1]["step"] * config.batch_size
     speeds = [r["images_per_s"] for r in found if "images_per_s" in r]
