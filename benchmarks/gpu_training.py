@@ -40,6 +40,8 @@ def train_run(job: Job, name: str, flags: str, seconds: float) -> list[dict[str,
     where = ["--output_dir", job.work / "runs", "--data_dir", job.work / "data",
              "--device", job.device]  # fmt: skip
     clock = threading.Timer(max(seconds, 1), os.kill, (os.getpid(), signal.SIGTERM))
+    # Before the training listens and after it has stopped listening, the signal ends it, too.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     clock.start()
     try:
         train.main([*shlex.split(flags), *map(str, where)])
@@ -47,6 +49,7 @@ def train_run(job: Job, name: str, flags: str, seconds: float) -> list[dict[str,
         print(f"{name}: stopped before its last step", flush=True)
     finally:
         clock.cancel()
+        signal.signal(signal.SIGTERM, before)
     return records(job.work / "runs" / name)
 
 

@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu_session
 from gpu_job import NETWORKS, SMALL, Job, StageConfig
-from gpu_training import compile_or_not
+from gpu_training import compile_or_not, train_run
 
 from checkpoint import load_checkpoint
 from model import stages
+from resume import latest_checkpoint
 
 FAKE = """
 import json, pathlib, signal, sys, time
@@ -95,6 +96,15 @@ def test_time_that_a_stage_leaves_goes_to_those_after_it():
     assert gpu_session.share("speed", names, after) == gpu_session.SHARES["speed"]
     assert gpu_session.share("speed", names, 2 * after) == 2 * gpu_session.SHARES["speed"]
     assert gpu_session.share("sampling", names, 17) == 17
+
+
+def test_a_training_ends_with_its_time_and_saves(world, tmp_path):
+    job = Job(StageConfig(stage="small", toy=True, work_dir=tmp_path, out_dir=tmp_path))
+    flags = f"{job.flags(SMALL)} --max_train_steps 1000000 --log_interval 1 --preview_steps 5"
+    flags += " --sample_interval 1000000"
+    found = train_run(job, "small", flags, seconds=6)
+    saved = load_checkpoint(latest_checkpoint(tmp_path / "runs" / "small"))
+    assert 0 < saved.step == found[-1]["step"] < 1000000
 
 
 def test_the_compiler_has_to_earn_its_time():
