@@ -48,6 +48,8 @@ from model import DiffusionModel, stages, unet_arguments
 
 WARM_UP = 3
 """Steps before anything is measured; the first one compiles."""
+SCHEDULED = 10**6
+"""Steps of the learning rate's schedule, of which the measurement is a short part."""
 EXAMPLE = "diffusers, as in its examples"
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
 
@@ -92,39 +94,40 @@ class Variant:
     """A network in training, always on the same batch; calling it gives pictures/s.
 
     Args:
+        config: network, batch size, optimiser and number format.
+        steps: optimiser steps of one call.
         kind: the class of the network.
-        weights: what it starts from.
+        weights: what it starts from; None: what the seed gives.
+        layout: of the network and its pictures in memory.
         example: contiguous, plain AdamW and `example_step`, else what src/train.py uses.
     """
 
     def __init__(
         self,
-        config: StepConfig,
+        config: TrainConfig,
         device: torch.device,
-        kind: type[nn.Module],
-        weights: dict[str, Tensor],
-        precision: str = "no",
+        steps: int,
+        kind: type[nn.Module] = DiffusionModel,
+        weights: dict[str, Tensor] | None = None,
         compiled: bool = False,
+        layout: torch.memory_format = torch.channels_last,
         example: bool = False,
     ):
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        self.device, self.steps, self.example = device, config.steps, example
-        self.config = TrainConfig(
-            batch_size=config.batch_size, model=config.model, mixed_precision=precision
-        )
-        self.dtype = autocast_dtype(precision, device)
-        self.scheduler = make_scheduler(self.config.noise)
-        total = WARM_UP + 1 + config.rounds * config.steps
+        self.config, self.device, self.steps, self.example = config, device, steps, example
+        self.dtype = autocast_dtype(config.mixed_precision, device)
+        self.scheduler = make_scheduler(config.noise)
         with mock.patch.object(train, "DiffusionModel", kind):  # all but the network is the same
-            self.state = train.build_state(self.config, total, device)
+            self.state = train.build_state(config, SCHEDULED, device)
+        layout = torch.contiguous_format if example else layout
         for model in (self.state.model, self.state.ema):
-            model.load_state_dict(weights)
-            if example:
-                model.to(memory_format=torch.contiguous_format)
+            if weights is not None:
+                model.load_state_dict(weights)
+            model.to(memory_format=layout)
         if example:
-            optimizer = torch.optim.AdamW(self.state.model.parameters(), self.config.lr)
+            optimizer = torch.optim.AdamW(self.state.model.parameters(), config.lr)
             lr_scheduler = get_cosine_schedule_with_warmup(
-                optimizer, self.config.lr_warmup_steps, total
+                optimizer, config.lr_warmup_steps, SCHEDULED
             )
             self.state = replace(self.state, optimizer=optimizer, lr_scheduler=lr_scheduler)
         if compiled:
@@ -133,7 +136,6 @@ class Variant:
         size, generator = config.model.image_size, torch.Generator().manual_seed(0)
         x_0 = torch.rand(config.batch_size, 3, size, size, generator=generator) * 2 - 1
         labels = torch.rand(config.batch_size, config.model.num_classes, generator=generator) < 0.1
-        layout = torch.contiguous_format if example else torch.channels_last
         self.x_0, self.labels = x_0.to(device, memory_format=layout), labels.float().to(device)
 
         since = time.perf_counter()
@@ -212,15 +214,22 @@ def build_variants(config: StepConfig, device: torch.device) -> dict[str, Varian
     """All variants, warmed up one after the other."""
     torch.manual_seed(0)
     weights = DiffusionModel(config.model).state_dict()
+    settings = TrainConfig(batch_size=config.batch_size, model=config.model)
     variants = {}
     for compiled in (False, True) if config.compile else (False,):
         for precision, dtype in PRECISIONS.items():
             for name, kind in (("ours", DiffusionModel), ("diffusers", DiffusersModel)):
                 name += f", {dtype}" + (", compiled" if compiled else "")
                 print(f"warm-up: {name}", flush=True)
-                variants[name] = Variant(config, device, kind, weights, precision, compiled)
+                of_precision = replace(settings, mixed_precision=precision)
+                variants[name] = Variant(
+                    of_precision, device, config.steps, kind, weights, compiled
+                )  # fmt: skip
     print(f"warm-up: {EXAMPLE}", flush=True)
-    variants[EXAMPLE] = Variant(config, device, DiffusersModel, weights, example=True)
+    plain = replace(settings, mixed_precision="no")
+    variants[EXAMPLE] = Variant(
+        plain, device, config.steps, DiffusersModel, weights, example=True
+    )  # fmt: skip
     losses = torch.stack([variant.first_loss for variant in variants.values()])
     same = (losses / losses[0] - 1).abs().max() < 0.01
     assert same or config.model.dropout, f"not the same network: {losses}"

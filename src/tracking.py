@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib.util
 import logging
 import os
 import sys
@@ -25,7 +26,8 @@ class Tracker:
         config: settings shown with the run.
 
     Raises:
-        UserError: mode "online" without a login or connection.
+        UserError: mode "online" without a login or connection; "online" or "offline" where wandb
+            is not installed.
     """
 
     def __init__(self, mode: WandbMode, project: str, name: str, folder: Path, config: dict):
@@ -36,6 +38,14 @@ class Tracker:
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE", "")
         if mode == "disabled":
+            return
+        if importlib.util.find_spec("wandb") is None:
+            if asked != "auto":
+                raise UserError(
+                    f"--wandb {asked}: wandb is not installed; pip install wandb, or use "
+                    "--wandb disabled"
+                )
+            print(f"wandb: not installed; logging to files in {folder} only")
             return
         # Of a full disk under wandb's own log, our one warning is enough.
         logging.raiseExceptions = False

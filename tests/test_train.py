@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -737,6 +738,22 @@ def test_wandb_online_without_login_is_a_user_error(world, tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     argv = train_argv(world, tmp_path / "out", "--epochs", 1, "--wandb", "online")
     assert "not logged in" in error_of(train.main, argv)
+
+
+def test_without_wandb_installed_a_run_logs_to_its_folder(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it was not there
+    argv = train_argv(world, tmp_path / "out", "--epochs", 1)
+    train.main([*argv, "--wandb", "auto"])
+    out, error = capsys.readouterr()
+    assert out.count("wandb: not installed; logging to files in") == 1 and "warning" not in error
+    assert (tmp_path / "out" / "r" / "metrics.jsonl").read_text().count("loss")
+    for mode in ("online", "offline"):
+        argv = train_argv(world, tmp_path / mode, "--epochs", 1)
+        assert "pip install wandb" in error_of(train.main, [*argv, "--wandb", mode])
+    capsys.readouterr()
+    train.main([*train_argv(world, tmp_path / "silent", "--epochs", 1), "--wandb", "disabled"])
+    assert "not installed" not in capsys.readouterr().out
 
 
 def test_wandb_out_of_reach_keeps_the_run_offline(tmp_path, monkeypatch, capsys):
