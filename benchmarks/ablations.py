@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 from training_runs import minutes_trained, plan_runs, score_all, train_all
 
-from config import (
+from judging.intervals import Interval, mean_interval
+from runtime.files import atomic_write, make_folder, read_json
+from runtime.settings import (
     ROOT,
     DataConfig,
     PositiveFloat,
@@ -29,9 +31,7 @@ from config import (
     parse_args,
     run,
 )
-from files import atomic_write, make_folder, read_json
-from intervals import Interval, mean_interval
-from resume import latest_checkpoint
+from training.resume import latest_checkpoint
 
 BASE = "small"
 VARIANTS = {

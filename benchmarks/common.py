@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import metrics
-from config import ModelConfig
-from dataset import SPLITS
-from scoring import Draw
+from iclevr.dataset import SPLITS
+from judging import metrics
+from judging.bench import Draw
+from runtime.settings import ModelConfig
 
 
 def model_flags(model: ModelConfig) -> str:

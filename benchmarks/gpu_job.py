@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from common import machine
 
-from config import RECIPES, ROOT, DataConfig, PositiveFloat, Settings, TrainConfig, parse_args
-from device import pick_device
-from files import write_json
+from runtime.device import pick_device
+from runtime.files import write_json
+from runtime.settings import ROOT, DataConfig, PositiveFloat, Settings, TrainConfig, parse_args
+from training.recipes import RECIPES
 
 StageName = Literal["data", "compile", "tests", "speed", "small", "recipes", "sampling"]
 WORK_DIR = ROOT / "output" / "benchmarks" / "gpu_session"

@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from gpu_job import WORK_DIR, StageName
 
-from config import PositiveFloat, Settings, UserError, parse_args, run
-from files import atomic_write, make_folder, read_json, write_json
+from runtime.files import atomic_write, make_folder, read_json, write_json
+from runtime.settings import PositiveFloat, Settings, UserError, parse_args, run
 
 SCRIPT = Path(__file__).with_name("gpu_stages.py")
 SHARES: dict[StageName, float] = {

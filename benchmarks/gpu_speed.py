@@ -15,10 +15,10 @@ from gpu_job import CHOICES, ORIGINAL, SMALL, Job, free_memory
 from input_pipeline import PipelineConfig, Waiting
 from training_step import Matmul, Variant
 
-from config import TrainConfig
-from dataset import get_dataloader
-from device import autocast_dtype
-from model import stages
+from iclevr.dataset import get_dataloader
+from network.model import stages
+from runtime.device import autocast_dtype
+from runtime.settings import TrainConfig
 
 PROFILED = 5
 """Steps that are profiled."""

@@ -27,12 +27,12 @@ from gpu_training import recipes, small
 
 import guidance_scale
 import render_iclevr
-from checkpoint import PRETRAINED
-from config import ROOT, SamplingConfig, parse_args, run
 from diffusion import check_steps
-from files import make_folder
-from resume import latest_checkpoint
-from scoring import Bench, draw_frechet, draw_splits, open_bench, with_reference
+from judging.bench import Bench, draw_frechet, draw_splits, open_bench, with_reference
+from network.checkpoint import PRETRAINED
+from runtime.files import make_folder
+from runtime.settings import ROOT, SamplingConfig, parse_args, run
+from training.resume import latest_checkpoint
 
 
 def data(job: Job) -> None:

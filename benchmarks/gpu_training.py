@@ -22,11 +22,11 @@ from training_runs import NEVER, records
 import export
 import test
 import train
-from checkpoint import PRETRAINED
-from figures import save_figure, save_image
-from files import read_json
-from intervals import Interval
-from resume import latest_checkpoint
+from judging.figures import save_figure, save_image
+from judging.intervals import Interval
+from network.checkpoint import PRETRAINED
+from runtime.files import read_json
+from training.resume import latest_checkpoint
 
 PART = 15 * 2**20
 """Bytes of one file of the network's weights."""

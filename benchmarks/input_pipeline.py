@@ -29,8 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from common import interleave, machine, ratios, show, spread, synchronize, table
 
-from config import (
-    RECIPES,
+from diffusion import make_scheduler
+from iclevr.dataset import get_dataloader, read_objects, read_train
+from iclevr.placement import sample_sequence
+from iclevr.ray_tracer import render_picture
+from iclevr.scene import NAMES, PICTURES, make_conditions, sample_labels
+from render_iclevr import file_names
+from runtime.device import autocast_dtype, pick_device
+from runtime.files import write_json
+from runtime.settings import (
     ROOT,
     ModelConfig,
     NonNegativeInt,
@@ -42,20 +49,8 @@ from config import (
     run,
     to_dict,
 )
-from dataset import get_dataloader, read_objects, read_train
-from device import autocast_dtype, pick_device
-from diffusion import make_scheduler
-from files import write_json
-from render_iclevr import (
-    NAMES,
-    PICTURES,
-    file_names,
-    make_conditions,
-    render_picture,
-    sample_labels,
-    sample_sequence,
-)
-from train import build_state, train_step
+from training.recipes import RECIPES
+from training.step import build_state, train_step
 
 SCENES = 8
 """Sequences that are rendered, of three pictures each; the files are noisy copies of these."""

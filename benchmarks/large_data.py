@@ -23,17 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 from common import machine, show, spread, table
 
-from config import ROOT, PositiveInt, Settings, UserError, parse_args, run
-from dataset import CHECK_EACH, encode_labels, keep_list, list_file
-from device import pick_device
-from files import make_folder, write_json
-from render_iclevr import NAMES
+from iclevr.dataset import CHECK_EACH, encode_labels, keep_list, list_file
+from iclevr.scene import NAMES
+from runtime.device import pick_device
+from runtime.files import make_folder, write_json
+from runtime.settings import ROOT, PositiveInt, Settings, UserError, parse_args, run
 
 OPEN = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from dataset import IclevrDataset
+from iclevr.dataset import IclevrDataset
 since = time.perf_counter()
 data = IclevrDataset(Path(sys.argv[2]), Path(sys.argv[2]) / "iclevr", "train", 64)
 data[len(data) - 1]

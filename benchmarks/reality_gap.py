@@ -16,12 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from config import run
-from dataset import SHIPPED_EVALUATOR, SPLITS, normalize, read_conditions, read_objects
-from evaluator import IMAGE_SIZE, evaluate, load_evaluator
-from files import write_json
-from image_cache import read_image
-from metrics import record, summarise, table
+from iclevr.dataset import SHIPPED_EVALUATOR, SPLITS, normalize, read_conditions, read_objects
+from iclevr.image_cache import read_image
+from judging.evaluator import IMAGE_SIZE, evaluate, load_evaluator
+from judging.metrics import record, summarise, table
+from runtime.files import write_json
+from runtime.settings import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:

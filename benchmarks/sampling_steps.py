@@ -30,8 +30,24 @@ from common import (
     spread,
 )
 
-from checkpoint import PRETRAINED
-from config import (
+from diffusion import check_steps, evaluations, sample
+from judging.bench import (
+    Bench,
+    Draw,
+    draw_frechet,
+    draw_splits,
+    open_bench,
+    settings_key,
+    with_reference,
+)
+from judging.figures import save_figure
+from judging.intervals import Interval, mean_interval
+from judging.metrics import record
+from judging.realism import frechet_floor
+from network.checkpoint import PRETRAINED
+from runtime.files import atomic_write, make_folder, read_json, write_json
+from runtime.seeds import picture_seeds
+from runtime.settings import (
     ROOT,
     DataConfig,
     FdSamples,
@@ -43,21 +59,6 @@ from config import (
     parse_args,
     run,
     to_dict,
-)
-from diffusion import check_steps, evaluations, picture_seeds, sample
-from figures import save_figure
-from files import atomic_write, make_folder, read_json, write_json
-from intervals import Interval, mean_interval
-from metrics import record
-from realism import frechet_floor
-from scoring import (
-    Bench,
-    Draw,
-    draw_frechet,
-    draw_splits,
-    open_bench,
-    settings_key,
-    with_reference,
 )
 
 STEPS = {

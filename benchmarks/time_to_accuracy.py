@@ -21,8 +21,10 @@ import numpy as np
 from common import model_flags
 from training_runs import minutes_trained, plan_runs, score_all, train_all
 
-from config import (
-    RECIPES,
+from judging.figures import save_figure
+from judging.intervals import Interval
+from runtime.files import atomic_write, make_folder
+from runtime.settings import (
     ROOT,
     DataConfig,
     PositiveFloat,
@@ -32,10 +34,8 @@ from config import (
     parse_args,
     run,
 )
-from figures import save_figure
-from files import atomic_write, make_folder
-from intervals import Interval
-from resume import checkpoints
+from training.recipes import RECIPES
+from training.resume import checkpoints
 
 FLAGS = {
     "original": "--recipe original --no-ema --mixed_precision no",

@@ -16,15 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from common import machine, shares
 
-from config import RECIPES, ROOT, DataConfig, SamplingConfig, UserError, to_dict
-from dataset import find_data, read_objects, read_train
-from device import pick_device
-from evaluator import git_blob_hash, require_evaluator
-from files import read_json, write_json
-from intervals import mean_interval
-from metrics import record
-from resume import latest_whole_checkpoint
-from scoring import Draw, draw_splits, open_bench
+from iclevr.dataset import find_data, read_objects, read_train
+from judging.bench import Draw, draw_splits, open_bench
+from judging.evaluator import git_blob_hash, require_evaluator
+from judging.intervals import mean_interval
+from judging.metrics import record
+from runtime.device import pick_device
+from runtime.files import read_json, write_json
+from runtime.settings import ROOT, DataConfig, SamplingConfig, UserError, to_dict
+from training.recipes import RECIPES
+from training.resume import latest_whole_checkpoint
 
 PROBED_STEPS = 100
 NEVER = 1000000

@@ -27,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from common import interleave, machine, ratios, show, spread, synchronize, table
 
-import train
-from config import (
-    RECIPES,
+from diffusion import draw_timesteps, drop_labels, make_scheduler, training_loss
+from network.model import DiffusionModel, stages, unet_arguments
+from runtime.device import autocast_dtype, pick_device
+from runtime.files import write_json
+from runtime.settings import (
     ROOT,
     ModelConfig,
     PositiveInt,
@@ -41,10 +43,8 @@ from config import (
     run,
     to_dict,
 )
-from device import autocast_dtype, pick_device
-from diffusion import draw_timesteps, drop_labels, make_scheduler, training_loss
-from files import write_json
-from model import DiffusionModel, stages, unet_arguments
+from training.recipes import RECIPES
+from training.step import TrainState, build_state, step_generator, train_step, update_ema
 
 WARM_UP = 3
 """Steps before anything is measured; the first one compiles."""
@@ -117,8 +117,8 @@ class Variant:
         self.config, self.device, self.steps, self.example = config, device, steps, example
         self.dtype = autocast_dtype(config.mixed_precision, device)
         self.scheduler = make_scheduler(config.noise)
-        with mock.patch.object(train, "DiffusionModel", kind):  # all but the network is the same
-            self.state = train.build_state(config, SCHEDULED, device)
+        with mock.patch("training.step.DiffusionModel", kind):  # all but the network is the same
+            self.state = build_state(config, SCHEDULED, device)
         layout = torch.contiguous_format if example else layout
         for model in (self.state.model, self.state.ema):
             if weights is not None:
@@ -151,7 +151,7 @@ class Variant:
             self.peak = torch.cuda.max_memory_allocated(device) - before
 
     def step(self) -> Tensor:
-        step = example_step if self.example else train.train_step
+        step = example_step if self.example else train_step
         arguments = (self.config, self.scheduler, self.x_0, self.labels, self.dtype)
         return step(self.state, *arguments)[0]
 
@@ -165,7 +165,7 @@ class Variant:
 
 
 def example_step(
-    state: train.TrainState,
+    state: TrainState,
     config: TrainConfig,
     scheduler: diffusers.DDPMScheduler,
     x_0: Tensor,
@@ -173,7 +173,7 @@ def example_step(
     dtype: None,
 ) -> tuple[Tensor, Tensor]:
     """What the loop of diffusers' train_unconditional.py does, with our loss; float32 alone."""
-    generator = train.step_generator(config.seed, state.step, x_0.device)
+    generator = step_generator(config.seed, state.step, x_0.device)
     t = draw_timesteps(len(x_0), config.noise.num_train_timesteps, generator=generator)
     eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
     kept = drop_labels(labels, config.cfg_dropout_prob, generator)
@@ -183,7 +183,7 @@ def example_step(
     state.optimizer.step()
     state.lr_scheduler.step()
     state.optimizer.zero_grad()
-    train.update_ema(state.ema, state.model, config.ema_decay)
+    update_ema(state.ema, state.model, config.ema_decay)
     state.step += 1
     return loss.detach(), grad_norm
 

@@ -22,10 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from common import interleave, machine, ratios, show, spread, table
 from training_runs import NEVER, data_flags, records
 
-from config import ROOT, DataConfig, PositiveInt, RecipeName, Settings, UserError, parse_args, run
-from dataset import find_data
-from device import pick_device
-from files import write_json
+from iclevr.dataset import find_data
+from runtime.device import pick_device
+from runtime.files import write_json
+from runtime.settings import (
+    ROOT,
+    DataConfig,
+    PositiveInt,
+    RecipeName,
+    Settings,
+    UserError,
+    parse_args,
+    run,
+)
 
 WARM_UP = 5
 """Steps of every training that are not measured."""

@@ -20,9 +20,9 @@ import guidance_scale
 import render_iclevr
 import test
 import train
-from config import ROOT, Settings, UserError, parse_args, run
-from files import read_json, write_json
-from resume import latest_checkpoint
+from runtime.files import read_json, write_json
+from runtime.settings import ROOT, Settings, UserError, parse_args, run
+from training.resume import latest_checkpoint
 
 FULL = {
     "sequences": 2500,

@@ -6,7 +6,7 @@ eps the noise, alphas_cumprod (alpha-bar) the share of signal left. Timesteps ru
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from diffusers import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import processes
-from config import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
-from device import autocast, autocast_dtype
-from evaluator import Evaluator
+from runtime import processes
+from runtime.device import autocast, autocast_dtype
+from runtime.settings import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
 
 # Scheduler and what it takes beside the schedule; clip_sample=False as in the original.
 SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
@@ -33,6 +32,13 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "dpmpp": (DPMSolverMultistepScheduler, {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
 }
+
+
+class Guide(Protocol):
+    """What classifier guidance asks of a judge."""
+
+    def log_likelihood(self, images: Tensor, labels: Tensor) -> Tensor:
+        """log p(labels | images), (N,), with gradient, of (N, 3, H, W) in [-1, 1], (N, K)."""
 
 
 def make_scheduler(config: SchedulerConfig, name: str = "ddpm") -> SchedulerMixin:
@@ -192,7 +198,7 @@ def classifier_guidance(
     labels: Tensor,
     scheduler: Any,
     noise: SchedulerConfig,
-    guide: Evaluator,
+    guide: Guide,
     classifier_guidance_scale: float,
 ) -> Tensor:
     """Follow the judge's gradient: eps - s alpha_t sigma_t grad log p(labels | x_0_hat).
@@ -224,20 +230,6 @@ def classifier_guidance(
     return prediction + classifier_guidance_scale * move * gradient
 
 
-def picture_seeds(seed: int, count: int, purpose: int = 0) -> list[int]:
-    """One seed for every picture of a set; sets with other `seed`s or purposes share none."""
-    return [derive_seed(seed, purpose, i) for i in range(count)]
-
-
-def derive_seed(seed: int, purpose: int, number: int) -> int:
-    """A 64-bit seed from three numbers.
-
-    Purpose 0: test picture `number`, 1: training step, 2: picture for the Frechet distance,
-    3: the choice of conditions for it.
-    """
-    return int(np.random.SeedSequence([seed, purpose, number]).generate_state(1, np.uint64)[0])
-
-
 def check_steps(
     noise: SchedulerConfig, config: SamplerConfig, flag: str = "--num_inference_steps"
 ) -> int:
@@ -255,7 +247,7 @@ def check_steps(
         raise UserError(f"--eta {config.eta:g}: only --scheduler ddim knows it")
     if config.resample > 1 and name not in ("ddpm", "ddim"):
         raise UserError(
-            f"--resample {config.resample}: {name} learns from its earlier steps and can't take one "
+            f"--resample {config.resample}: {name} builds on its earlier steps and can't take one "
             "again; use --scheduler ddpm"
         )
     total = noise.num_train_timesteps
@@ -349,7 +341,7 @@ def sample(
     config: SamplingConfig,
     num_intermediates: int = 0,
     progress: bool = True,
-    guide: Evaluator | None = None,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw pictures for conditions: from noise to x_0 with guidance.
 

@@ -24,8 +24,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from checkpoint import Checkpoint, load_checkpoint, load_model, load_weights, save_checkpoint
-from config import (
+from diffusion import check_steps, make_scheduler
+from iclevr.dataset import check_objects
+from network.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    save_checkpoint,
+)
+from network.model import DiffusionModel, unet_arguments
+from runtime.device import pick_device
+from runtime.files import make_folder, read_json
+from runtime.settings import (
     ROOT,
     DataConfig,
     RunName,
@@ -38,11 +49,6 @@ from config import (
     run,
     to_dict,
 )
-from dataset import check_objects
-from device import pick_device
-from diffusion import check_steps, make_scheduler
-from files import make_folder, read_json
-from model import DiffusionModel, unet_arguments
 
 CARD = """# {name}
 

@@ -17,24 +17,9 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-import processes
-from config import (
-    PositiveFloat,
-    SamplerConfig,
-    SamplingConfig,
-    UserError,
-    parse_args,
-    run,
-    to_dict,
-)
-from dataset import SPLITS
 from diffusion import check_steps
-from figures import save_figure
-from files import atomic_write, check_folder, make_folder, write_json
-from intervals import Interval, mean_interval
-from metrics import COUNTS, SHARES, record, summarise
-from realism import frechet_floor
-from scoring import (
+from iclevr.dataset import SPLITS
+from judging.bench import (
     BenchConfig,
     Draw,
     Draws,
@@ -47,7 +32,22 @@ from scoring import (
     settings_key,
     with_reference,
 )
-from tracking import Tracker
+from judging.figures import save_figure
+from judging.intervals import Interval, mean_interval
+from judging.metrics import COUNTS, SHARES, record, summarise
+from judging.realism import frechet_floor
+from runtime import processes
+from runtime.files import atomic_write, check_folder, make_folder, write_json
+from runtime.settings import (
+    PositiveFloat,
+    SamplerConfig,
+    SamplingConfig,
+    UserError,
+    parse_args,
+    run,
+    to_dict,
+)
+from runtime.tracking import Tracker
 
 COLUMNS = (*SPLITS, "mean")
 MAX_SCALES = 1000

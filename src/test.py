@@ -22,23 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-import processes
-from config import (
-    SamplingConfig,
-    UserError,
-    parse_args,
-    run,
-    to_dict,
-)
-from dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
-from diffusion import check_steps, picture_seeds, sample
-from evaluator import IMAGE_SIZE, evaluate
-from figures import confusion_chart, grid, pairs, save_image, strip
-from files import atomic_write, check_folder, make_folder, read_json, write_json
-from intervals import Interval, mean_interval
-from metrics import confusion_shares, paired_difference, record, summarise, table
-from realism import frechet_floor, nearest
-from scoring import (
+from diffusion import check_steps, sample
+from iclevr.dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
+from judging.bench import (
     Bench,
     BenchConfig,
     Draw,
@@ -51,7 +37,22 @@ from scoring import (
     settings_key,
     with_reference,
 )
-from tracking import Tracker
+from judging.evaluator import IMAGE_SIZE, evaluate
+from judging.figures import confusion_chart, grid, pairs, save_image, strip
+from judging.intervals import Interval, mean_interval
+from judging.metrics import confusion_shares, paired_difference, record, summarise, table
+from judging.realism import frechet_floor, nearest
+from runtime import processes
+from runtime.files import atomic_write, check_folder, make_folder, read_json, write_json
+from runtime.seeds import picture_seeds
+from runtime.settings import (
+    SamplingConfig,
+    UserError,
+    parse_args,
+    run,
+    to_dict,
+)
+from runtime.tracking import Tracker
 
 STRIP_PROMPT = ["red sphere", "cyan cylinder", "cyan cube"]
 """The scene whose way from noise to picture is shown."""

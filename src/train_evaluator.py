@@ -21,8 +21,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from checkpoint import save_tensors
-from config import (
+from iclevr.dataset import IclevrDataset, find_data, normalize, to_uint8
+from judging.evaluator import IMAGE_SIZE, Evaluator, build_evaluator, calibrate, evaluate
+from judging.intervals import proportion_interval
+from network.checkpoint import save_tensors
+from runtime.device import autocast, autocast_dtype, pick_device
+from runtime.files import make_folder
+from runtime.settings import (
     DataConfig,
     NonNegativeFloat,
     PositiveFloat,
@@ -33,11 +38,6 @@ from config import (
     parse_args,
     run,
 )
-from dataset import IclevrDataset, find_data, normalize, to_uint8
-from device import autocast, autocast_dtype, pick_device
-from evaluator import IMAGE_SIZE, Evaluator, build_evaluator, calibrate, evaluate
-from files import make_folder
-from intervals import proportion_interval
 
 
 @dataclass(frozen=True)

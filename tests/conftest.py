@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from config import UserError
-from render_iclevr import NAMES
+from iclevr.scene import NAMES
+from runtime.settings import UserError
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 OBJECTS = {name: index for index, name in enumerate(NAMES)}

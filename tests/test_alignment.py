@@ -6,11 +6,13 @@ from conftest import OBJECTS, SMALL_NETWORK, error_of
 
 import train
 import train_evaluator
-from alignment import Alignment, feature_channels
-from checkpoint import load_checkpoint
-from config import RECIPES, ModelConfig
-from evaluator import Evaluator, build_evaluator
-from model import DiffusionModel
+from iclevr.dataset import IclevrDataset
+from judging.evaluator import Evaluator, build_evaluator, load_evaluator
+from network.checkpoint import load_checkpoint
+from network.model import DiffusionModel
+from runtime.settings import ModelConfig, UserError
+from training.alignment import Alignment, feature_channels
+from training.recipes import RECIPES
 
 SMALL = ModelConfig(image_size=16, block_out_channels=(16, 32), norm_num_groups=8,
                     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
@@ -74,14 +76,12 @@ def test_training_aligns_the_network_and_keeps_no_head(world, tmp_path):
     assert any(not torch.equal(checkpoint.model[k], v) for k, v in plain.model.items())
 
     def distance(state):
-        evaluator = train.load_evaluator(file, OBJECTS)
+        evaluator = load_evaluator(file, OBJECTS)
         alignment = Alignment(evaluator, checkpoint.config.model)
         alignment.load_state_dict(heads)
         model = DiffusionModel(checkpoint.config.model)
         model.load_state_dict(state)
-        images = torch.stack(
-            [x for x, _ in train.IclevrDataset(world, world / "iclevr", "train", 16)]
-        )
+        images = torch.stack([x for x, _ in IclevrDataset(world, world / "iclevr", "train", 16)])
         features = {}
         model(images, 2, torch.zeros(len(images), 24), features)
         return alignment(features, images).mean()
@@ -102,7 +102,7 @@ def test_the_judge_is_no_teacher(trained, tmp_path):
 
 
 def test_a_network_of_other_sides_is_refused(teacher):
-    with pytest.raises(train.UserError, match="no features of 8x8 or 4x4 positions, but of 6x6"):
+    with pytest.raises(UserError, match="no features of 8x8 or 4x4 positions, but of 6x6"):
         Alignment(teacher, ModelConfig(
             image_size=6, block_out_channels=(8, 8), norm_num_groups=4,
             down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,

@@ -19,8 +19,9 @@ import training_runs
 import two_checkouts
 from common import model_flags
 
-from checkpoint import load_checkpoint, save_checkpoint
-from config import RECIPES, ModelConfig, TrainConfig, parse_args
+from network.checkpoint import load_checkpoint, save_checkpoint
+from runtime.settings import ModelConfig, TrainConfig, parse_args
+from training.recipes import RECIPES
 
 SCRIPTS = {path.stem for path in Path(ablations.__file__).parent.glob("*.py")}
 NO_SCRIPTS = {"common", "training_runs", "gpu_job", "gpu_speed", "gpu_training"}
@@ -90,8 +91,19 @@ def test_both_recipes_are_trained_and_scored(trained, tmp_path, monkeypatch):
 
 def test_two_checkouts_take_turns(trained, tmp_path):
     data, _, _ = trained
-    argv = ["--other", two_checkouts.ROOT, "--rounds", 1, "--steps", 5, "--data_dir", data,
-            f"--more={shlex.join(SMALL_NETWORK)} --epochs 50", "--out", tmp_path / "out.json"]
+    argv = [
+        "--other",
+        two_checkouts.ROOT,
+        "--rounds",
+        1,
+        "--steps",
+        5,
+        "--data_dir",
+        data,
+        f"--more={shlex.join(SMALL_NETWORK)} --epochs 50",
+        "--out",
+        tmp_path / "out.json",
+    ]
     report = two_checkouts.main([str(a) for a in argv])  # fmt: skip
     assert report["times_as_fast"]["median"] > 0 and (tmp_path / "out.json").exists()
     assert "no checkout" in error_of(two_checkouts.main, ["--other", tmp_path])

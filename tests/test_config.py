@@ -10,7 +10,10 @@ import torch
 from conftest import SRC
 from scipy import stats
 
-from config import (
+from judging.intervals import accuracy_interval, mean_interval, proportion_interval
+from runtime.device import autocast_dtype, pick_device
+from runtime.files import atomic_write, check_folder, read_json, write_json
+from runtime.settings import (
     ModelConfig,
     TrainConfig,
     UserError,
@@ -20,9 +23,6 @@ from config import (
     run,
     to_dict,
 )
-from device import autocast_dtype, pick_device
-from files import atomic_write, check_folder, read_json, write_json
-from intervals import accuracy_interval, mean_interval, proportion_interval
 
 
 def test_flags_of_nested_settings():

@@ -13,15 +13,18 @@ from test_unet import CONFIGS
 from torch import nn
 
 import train
-from checkpoint import PRETRAINED, load_checkpoint, load_model
-from config import ModelConfig, SamplingConfig, TrainConfig
-from dataset import SPLITS, read_conditions, read_objects
-from device import autocast_dtype
-from diffusion import make_scheduler, picture_seeds, sample
-from evaluator import load_evaluator
-from optimizer import Muon
-from resume import latest_checkpoint
-from unet import UNet2DModel
+from diffusion import make_scheduler, sample
+from iclevr.dataset import SPLITS, read_conditions, read_objects
+from judging.evaluator import load_evaluator
+from network.checkpoint import PRETRAINED, load_checkpoint, load_model
+from network.unet import UNet2DModel
+from runtime.device import autocast_dtype
+from runtime.seeds import picture_seeds
+from runtime.settings import ModelConfig, SamplingConfig, TrainConfig
+from training import trainer
+from training.optimizer import Muon
+from training.resume import latest_checkpoint
+from training.step import TrainState, build_state, train_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NETWORK = ModelConfig(
@@ -76,16 +79,16 @@ def test_network_and_gradients_equal_diffusers(name):
     assert (gradient - expected).norm() < 1e-3 * expected.norm()
 
 
-def one_step(precision: str, optimizer: str) -> tuple[train.TrainState, torch.Tensor]:
+def one_step(precision: str, optimizer: str) -> tuple[TrainState, torch.Tensor]:
     """A step of a fresh network on fixed pictures: the state after it, and its loss."""
     config = TrainConfig(
         model=NETWORK, mixed_precision=precision, optimizer=optimizer, lr=1e-3, lr_warmup_steps=0
     )  # fmt: skip
-    state = train.build_state(config, 10, DEVICE)
+    state = build_state(config, 10, DEVICE)
     generator = torch.Generator().manual_seed(1)
     x_0 = (torch.rand(8, 3, 16, 16, generator=generator) * 2 - 1).to(DEVICE)
     labels = (torch.rand(8, 24, generator=generator) < 0.1).float().to(DEVICE)
-    loss, _ = train.train_step(
+    loss, _ = train_step(
         state, config, make_scheduler(config.noise), x_0, labels, autocast_dtype(precision, DEVICE)
     )
     return state, loss
@@ -104,7 +107,7 @@ def test_a_step_in_low_precision_is_near_float32s(precision, optimizer):
     # Before the step float16's gradients were brought back from their scale.
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
     assert gradients[0].norm().item() == pytest.approx(gradients[1].norm().item(), rel=0.05)
-    before = train.build_state(TrainConfig(model=NETWORK), 10, DEVICE).model
+    before = build_state(TrainConfig(model=NETWORK), 10, DEVICE).model
     for p, q in zip(state.model.parameters(), before.parameters(), strict=True):
         assert p.isfinite().all() and not torch.equal(p, q)
 
@@ -113,7 +116,7 @@ def whole_and_resumed(world, folder, monkeypatch, *flags):
     """Final checkpoints of a run, and of the same run stopped after 5 of 12 steps."""
     more = ("--epochs", 4, "--device", DEVICE.type, *flags)
     whole = load_checkpoint(train.main(train_argv(world, folder / "a", *more)))
-    real_step = train.train_step
+    real_step = trainer.train_step
 
     def stop_after_5(state, *rest):
         result = real_step(state, *rest)
@@ -121,10 +124,10 @@ def whole_and_resumed(world, folder, monkeypatch, *flags):
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(train, "train_step", stop_after_5)
+    monkeypatch.setattr(trainer, "train_step", stop_after_5)
     with pytest.raises(SystemExit):
         train.main(train_argv(world, folder / "b", *more))
-    monkeypatch.setattr(train, "train_step", real_step)
+    monkeypatch.setattr(trainer, "train_step", real_step)
     assert load_checkpoint(latest_checkpoint(folder / "b" / "r")).step == 5
     argv = ["--output_dir", str(folder / "b"), "--run_name", "r", "--resume", "auto"]
     return whole, load_checkpoint(train.main(argv))

@@ -12,9 +12,9 @@ from conftest import OBJECTS, write_world
 from PIL import Image, ImageFile
 from torchvision import transforms
 
-import dataset
-from config import DataConfig, UserError
-from dataset import IclevrDataset, TrainSampler, decode_labels, encode_labels, get_dataloader
+from iclevr import dataset
+from iclevr.dataset import IclevrDataset, TrainSampler, decode_labels, encode_labels, get_dataloader
+from runtime.settings import DataConfig, UserError
 
 COURSE = Path(__file__).resolve().parents[2] / "shared" / "course"
 
@@ -124,7 +124,7 @@ def test_order_and_flips_follow_from_seed_and_epoch():
 
 def test_cache_is_reused_and_follows_the_sources(world, monkeypatch):
     first = IclevrDataset(world, world / "iclevr", "train", 8)
-    monkeypatch.setattr("image_cache.read_image", None)  # decoding again would fail
+    monkeypatch.setattr("iclevr.image_cache.read_image", None)  # decoding again would fail
     again = IclevrDataset(world, world / "iclevr", "train", 8)
     assert isinstance(again.images, np.memmap)
     pickled = pickle.dumps(again)  # for a loader's workers: without the pictures

@@ -8,24 +8,23 @@ import pytest
 import torch
 from conftest import LinearModel
 
-from config import ModelConfig, SamplingConfig, SchedulerConfig, UserError, from_dict
 from diffusion import (
     check_steps,
-    derive_seed,
     draw_timesteps,
     drop_labels,
     evaluations,
     guided_prediction,
     make_scheduler,
     min_snr_weight,
-    picture_seeds,
     renoise,
     sample,
     scale,
     training_loss,
     unscale,
 )
-from model import DiffusionModel
+from network.model import DiffusionModel
+from runtime.seeds import derive_seed, picture_seeds
+from runtime.settings import ModelConfig, SamplingConfig, SchedulerConfig, UserError, from_dict
 
 NOISE = SchedulerConfig(num_train_timesteps=20)
 FLOAT = SamplingConfig(mixed_precision="no", guidance_scale=2.5)

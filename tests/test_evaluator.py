@@ -6,10 +6,9 @@ import pytest
 import torch
 from conftest import OBJECTS, error_of
 
-import dataset
 import train_evaluator
-from config import UserError
-from evaluator import (
+from iclevr import dataset
+from judging.evaluator import (
     COURSE_BLOB,
     Evaluator,
     build_evaluator,
@@ -18,6 +17,7 @@ from evaluator import (
     git_blob_hash,
     load_evaluator,
 )
+from runtime.settings import UserError
 from train_evaluator import disturb, split_by_sequence
 
 
@@ -87,7 +87,7 @@ def test_course_file_is_recognised_by_its_hash(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": build_evaluator().state_dict(), "epoch": 3}, path)
     assert load_evaluator(path, OBJECTS).name == "unknown weights"
-    monkeypatch.setattr("evaluator.COURSE_BLOB", git_blob_hash(path))
+    monkeypatch.setattr("judging.evaluator.COURSE_BLOB", git_blob_hash(path))
     assert load_evaluator(path, OBJECTS).name == "course"
     assert len(COURSE_BLOB) == 40
     (tmp_path / "a").write_bytes(b"hello\n")

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 import export
 import train
-from checkpoint import load_checkpoint, load_model, save_checkpoint
-from config import SamplingConfig, TrainConfig
-from diffusion import picture_seeds, sample
-from model import DiffusionModel
+from diffusion import sample
+from network.checkpoint import load_checkpoint, load_model, save_checkpoint
+from network.model import DiffusionModel
+from runtime.seeds import picture_seeds
+from runtime.settings import SamplingConfig, TrainConfig
 
 
 @pytest.fixture(params=[(1, 0.0), (2, -4.0)])

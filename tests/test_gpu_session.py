@@ -13,9 +13,9 @@ import gpu_session
 from gpu_job import NETWORKS, SMALL, Job, StageConfig
 from gpu_training import compile_or_not, train_run
 
-from checkpoint import load_checkpoint
-from model import stages
-from resume import latest_checkpoint
+from network.checkpoint import load_checkpoint
+from network.model import stages
+from training.resume import latest_checkpoint
 
 FAKE = """
 import json, pathlib, signal, sys, time

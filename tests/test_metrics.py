@@ -8,12 +8,12 @@ import torch
 from conftest import OBJECTS
 from scipy import linalg, stats
 
-from config import SchedulerConfig
 from diffusion import classifier_guidance, make_scheduler, unscale
-from evaluator import Evaluator, build_evaluator, calibrate, judge_scores
-from intervals import Interval
-from metrics import count_interval, paired_difference, record, summarise
-from realism import Reference, draw_conditions, frechet_distance, nearest
+from judging.evaluator import Evaluator, build_evaluator, calibrate, judge_scores
+from judging.intervals import Interval
+from judging.metrics import count_interval, paired_difference, record, summarise
+from judging.realism import Reference, draw_conditions, frechet_distance, nearest
+from runtime.settings import SchedulerConfig
 
 NAMES = list(OBJECTS)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from config import RECIPES, TrainConfig
-from model import DiffusionModel
-from optimizer import Muon, make_optimizer, orthogonalized
+from network.model import DiffusionModel
+from runtime.settings import TrainConfig
+from training.optimizer import Muon, make_optimizer, orthogonalized
+from training.recipes import RECIPES
 
 BETAS = (0.9, 0.99)
 

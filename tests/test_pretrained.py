@@ -11,8 +11,8 @@ import demo
 import guidance_scale
 import test
 import train
-from checkpoint import PRETRAINED, load_checkpoint
-from render_iclevr import make_conditions
+from iclevr.scene import make_conditions
+from network.checkpoint import PRETRAINED, load_checkpoint
 
 STANDIN = PRETRAINED.parent
 

@@ -15,10 +15,10 @@ import pytest
 from conftest import SMALL_NETWORK, SRC, write_world
 from PIL import Image
 
-import processes
 import train
-from checkpoint import load_checkpoint
-from resume import latest_checkpoint
+from network.checkpoint import load_checkpoint
+from runtime import processes
+from training.resume import latest_checkpoint
 
 
 def launched(script: str, argv: list, count: int = 2) -> subprocess.Popen:
@@ -145,15 +145,16 @@ STOPPED_WHILE_SAVING = """
 import os, signal, sys
 sys.path.insert(0, {src!r})
 import train
-from config import run
+from runtime.settings import run
+from training import trainer
 
-plain = train.save_checkpoint
+plain = trainer.save_checkpoint
 
 def save(path, checkpoint):
     plain(path, checkpoint)
     os.kill(os.getpid(), signal.SIGTERM)
 
-train.save_checkpoint = save
+trainer.save_checkpoint = save
 run(train.main)
 """
 
@@ -189,8 +190,8 @@ COUNTING = """
 import os, sys
 sys.path.insert(0, {src!r})
 import test
-from config import run
-from model import DiffusionModel
+from runtime.settings import run
+from network.model import DiffusionModel
 
 plain = DiffusionModel.forward
 

@@ -9,8 +9,7 @@ from conftest import OBJECTS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from config import SamplingConfig, SchedulerConfig, TrainConfig, UserError, from_dict, to_dict
-from dataset import (
+from iclevr.dataset import (
     decode_labels,
     encode_labels,
     parse_prompt,
@@ -18,7 +17,15 @@ from dataset import (
     read_objects,
     read_train,
 )
-from files import read_json
+from runtime.files import read_json
+from runtime.settings import (
+    SamplingConfig,
+    SchedulerConfig,
+    TrainConfig,
+    UserError,
+    from_dict,
+    to_dict,
+)
 
 FEW = settings(
     max_examples=150,

@@ -14,19 +14,12 @@ import pytest
 from PIL import Image
 
 import render_iclevr
-from config import UserError
-from files import lock_folder
-from render_iclevr import (
-    NAMES,
-    PICTURES,
-    file_names,
-    main,
-    make_conditions,
-    object_ids,
-    render_picture,
-    sample_labels,
-    sample_sequence,
-)
+from iclevr.placement import sample_sequence
+from iclevr.ray_tracer import object_ids, render_picture
+from iclevr.scene import NAMES, PICTURES, make_conditions, sample_labels
+from render_iclevr import file_names, main
+from runtime.files import lock_folder
+from runtime.settings import UserError
 
 SMALL = ["--width", "48", "--height", "36", "--samples", "2"]
 

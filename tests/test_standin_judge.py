@@ -8,10 +8,19 @@ import torch
 from conftest import OBJECTS
 from PIL import Image
 
-from dataset import SHIPPED_EVALUATOR, SPLITS, encode_labels, normalize, read_conditions, resize
-from evaluator import evaluate, load_evaluator
-from image_cache import read_image
-from render_iclevr import NAMES, render_picture, sample_labels, sample_sequence
+from iclevr.dataset import (
+    SHIPPED_EVALUATOR,
+    SPLITS,
+    encode_labels,
+    normalize,
+    read_conditions,
+    resize,
+)
+from iclevr.image_cache import read_image
+from iclevr.placement import sample_sequence
+from iclevr.ray_tracer import render_picture
+from iclevr.scene import NAMES, sample_labels
+from judging.evaluator import evaluate, load_evaluator
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "generated"
 COURSE = REFERENCE.parents[1] / "course"

@@ -18,8 +18,8 @@ import torch
 from conftest import SMALL_NETWORK, SRC, write_world
 
 import train
-from checkpoint import load_checkpoint
-from resume import latest_checkpoint, latest_whole_checkpoint
+from network.checkpoint import load_checkpoint
+from training.resume import latest_checkpoint, latest_whole_checkpoint
 
 KILLS = ("while it writes", "at random", "SIGTERM", "while it writes", "at random")
 

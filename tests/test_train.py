@@ -24,16 +24,19 @@ import guidance_scale
 import test
 import train
 import train_evaluator
-from checkpoint import damaged_part, load_checkpoint, load_model, save_checkpoint
-from config import RECIPES, DataConfig, SamplingConfig, TrainConfig, UserError
-from diffusion import picture_seeds, sample
-from evaluator import build_evaluator, evaluate, load_evaluator
-from files import lock_folder
+from diffusion import sample
 from guidance_scale import indistinguishable, summarise_sweep, verdict
-from resume import checkpoints, latest_checkpoint, latest_whole_checkpoint, read_config
-from scoring import Draw
-from stop_signal import StopSignal
-from train import update_ema
+from judging.bench import Draw
+from judging.evaluator import build_evaluator, evaluate, load_evaluator
+from network.checkpoint import damaged_part, load_checkpoint, load_model, save_checkpoint
+from runtime.files import lock_folder
+from runtime.seeds import picture_seeds
+from runtime.settings import DataConfig, SamplingConfig, TrainConfig, UserError
+from training import step, trainer
+from training.recipes import RECIPES
+from training.resume import checkpoints, latest_checkpoint, latest_whole_checkpoint, read_config
+from training.step import update_ema
+from training.stop_signal import StopSignal
 
 
 def train_argv(data: Path, output: Path, *more) -> list[str]:
@@ -117,7 +120,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     whole = load_checkpoint(train.main(train_argv(world, tmp_path / "a", *flags)))
     # Stopped in the middle of the second epoch: 5 of 12 steps, with the same schedule to the end.
     parts = train_argv(world, tmp_path / "b", *flags)
-    real_step = train.train_step
+    real_step = trainer.train_step
     calls = []
 
     def stop_after_5(*args):
@@ -128,7 +131,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
         return result
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(train, "train_step", stop_after_5)
+        patch.setattr(trainer, "train_step", stop_after_5)
         train.main(parts)
     assert stopped.value.code == 143
     stored = load_checkpoint(latest_checkpoint(tmp_path / "b" / "r"))
@@ -248,7 +251,7 @@ def test_a_checkpoint_that_the_disk_cannot_give_back_counts_as_damaged(
             raise OSError(number, os.strerror(number))
         return real(path)
 
-    monkeypatch.setattr("checkpoint.damaged_part", bad_sector)
+    monkeypatch.setattr("network.checkpoint.damaged_part", bad_sector)
     found = latest_whole_checkpoint(tmp_path / "r")
     assert found.path.name == "model_epoch_1.pth"
     warning = capsys.readouterr().err
@@ -313,7 +316,7 @@ def test_best_may_be_all_there_is(trained, tmp_path):
     """Killed before the first --save_interval; and a damaged best.pth stops nothing."""
     data, _, _ = trained
     argv = train_argv(data, tmp_path, "--epochs", 4, "--sample_interval", 1, "--keep_best")
-    real = train.train_step
+    real = trainer.train_step
 
     def killed(state, *args):
         if state.step == 5:
@@ -321,7 +324,7 @@ def test_best_may_be_all_there_is(trained, tmp_path):
         return real(state, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "train_step", killed)
+        patch.setattr(trainer, "train_step", killed)
         train.main(argv)
     folder = tmp_path / "r" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["best.pth"]
@@ -406,14 +409,14 @@ def test_without_a_judge_previews_are_not_scored(world, tmp_path, capsys):
 
 
 def test_a_line_is_about_the_steps_since_the_one_before(world, tmp_path, monkeypatch):
-    real_step, losses = train.train_step, []
+    real_step, losses = trainer.train_step, []
 
     def noted_step(*args):
         loss, norm = real_step(*args)
         losses.append((loss.item(), norm.item()))
         return loss, norm
 
-    monkeypatch.setattr(train, "train_step", noted_step)
+    monkeypatch.setattr(trainer, "train_step", noted_step)
     argv = train_argv(world, tmp_path, "--epochs", 3)  # of 3 steps each
     argv[argv.index("--log_interval") + 1] = "2"
     train.main(argv)
@@ -448,13 +451,13 @@ def poison(monkeypatch, steps):
         loss = real(*args, **kwargs)
         return loss * float("nan") if next(count) in steps else loss
 
-    monkeypatch.setattr(train, "training_loss", poisoned)
+    monkeypatch.setattr(step, "training_loss", poisoned)
 
 
 def test_a_step_with_nan_is_skipped_and_counted(world, tmp_path, monkeypatch):
     poison(monkeypatch, {1, 2})
     kept = []
-    real_step = train.train_step
+    real_step = trainer.train_step
 
     def everything(state):
         """Weights, and the optimiser's moments and step counts (none before the first step)."""
@@ -471,7 +474,7 @@ def test_a_step_with_nan_is_skipped_and_counted(world, tmp_path, monkeypatch):
         )  # fmt: skip
         return result
 
-    monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.setattr(trainer, "train_step", watched)
     path = train.main(train_argv(world, tmp_path, "--epochs", 2, "--lr_warmup_steps", 0))
     assert kept == [[False] * 2] + [[True] * 2] * 2 + [[False] * 2] * 3
     records = map(json.loads, (tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
@@ -508,7 +511,7 @@ def test_many_nan_in_a_row_stop_with_the_last_good_checkpoint(world, tmp_path):
 
 def test_the_count_of_skipped_steps_goes_on_when_resumed(world, tmp_path, monkeypatch):
     poison(monkeypatch, range(4, 10**6))
-    real_step = train.train_step
+    real_step = trainer.train_step
 
     def stop_after_6(state, *args):
         result = real_step(state, *args)
@@ -518,7 +521,7 @@ def test_the_count_of_skipped_steps_goes_on_when_resumed(world, tmp_path, monkey
 
     argv = train_argv(world, tmp_path, "--epochs", 9, "--max_skipped_steps", 4)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "train_step", stop_after_6)
+        patch.setattr(trainer, "train_step", stop_after_6)
         train.main(argv)
     argv = ["--output_dir", tmp_path, "--run_name", "r", "--resume", "auto"]
     assert "the last 4 steps before step 8 had NaN" in error_of(train.main, argv)
@@ -641,7 +644,7 @@ def test_gradients_are_clipped(world, tmp_path, monkeypatch):
         torch.optim, "AdamW", lambda p, lr, *_, **__: torch.optim.SGD(p, lr, fused=True)
     )
     moves = []
-    real_step = train.train_step
+    real_step = trainer.train_step
 
     def measure(state, *args):
         before = [p.detach().clone() for p in state.model.parameters()]
@@ -653,7 +656,7 @@ def test_gradients_are_clipped(world, tmp_path, monkeypatch):
         moves.append((move.sqrt().item(), lr))
         return result
 
-    monkeypatch.setattr(train, "train_step", measure)
+    monkeypatch.setattr(trainer, "train_step", measure)
     train.main(train_argv(world, tmp_path, "--epochs", 1, "--max_grad_norm", 0.01, "--lr", 1.0,
                           "--lr_warmup_steps", 0))  # fmt: skip
     for move, lr in moves:
@@ -760,7 +763,7 @@ def test_wandb_out_of_reach_keeps_the_run_offline(tmp_path, monkeypatch, capsys)
     """Logged in, but the service doesn't answer."""
     import wandb
 
-    from tracking import Tracker
+    from runtime.tracking import Tracker
 
     real, modes = wandb.init, []
 
@@ -782,7 +785,7 @@ def test_wandb_out_of_reach_keeps_the_run_offline(tmp_path, monkeypatch, capsys)
 
 
 def test_failing_tracker_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
-    from tracking import Tracker
+    from runtime.tracking import Tracker
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracker = Tracker("auto", "p", "n", tmp_path, {})
@@ -821,7 +824,7 @@ def test_testing_needs_only_the_checkpoint(trained, tmp_path):
     assert Image.open(folder / "denoising.png").size[0] > 8 * 128
     # The pictures on disk, judged on their own, have the accuracy that was reported.
     bench = test.open_bench(path, DataConfig(data_dir=data), "cpu")
-    from image_cache import read_image
+    from iclevr.image_cache import read_image
 
     images = torch.stack(
         [

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from config import ModelConfig, UserError
-from model import DiffusionModel, stages, zero_init
-from unet import GroupNorm, ResBlock2D, SelfAttention2D, UNet2DModel, Upsample2D
+from network.model import DiffusionModel, stages, zero_init
+from network.unet import GroupNorm, ResBlock2D, SelfAttention2D, UNet2DModel, Upsample2D
+from runtime.settings import ModelConfig, UserError
 
 SPEC = dict(
     sample_size=64,

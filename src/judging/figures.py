@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from dataset import resize, to_uint8
-from files import atomic_write
+from iclevr.dataset import resize, to_uint8
+from runtime.files import atomic_write
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
 FEW_POSITIONS = 256
 """Up to so many, attention on the CPU is written out."""
 

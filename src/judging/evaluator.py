@@ -12,9 +12,9 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from checkpoint import load_weights, read_tensors
-from config import UserError
-from dataset import DataPaths, resize
+from iclevr.dataset import DataPaths, resize
+from network.checkpoint import load_weights, read_tensors
+from runtime.settings import UserError
 
 IMAGE_SIZE = 64
 COURSE_BLOB = "ff70bd18a0c247595d56a8168cac7adcd61333e6"  # git hash-object of the course's file

@@ -16,11 +16,11 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-from config import UserError
-from dataset import DataPaths, IclevrDataset, normalize, resize
-from diffusion import derive_seed
-from evaluator import IMAGE_SIZE, Evaluator, git_blob_hash
-from files import atomic_write
+from iclevr.dataset import DataPaths, IclevrDataset, normalize, resize
+from judging.evaluator import IMAGE_SIZE, Evaluator, git_blob_hash
+from runtime.files import atomic_write
+from runtime.seeds import derive_seed
+from runtime.settings import UserError
 
 
 @dataclass(frozen=True)

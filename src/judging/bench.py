@@ -11,9 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import processes
-from checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_model
-from config import (
+from diffusion import sample
+from iclevr.dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
+from judging.evaluator import (
+    Evaluation,
+    Evaluator,
+    evaluate,
+    git_blob_hash,
+    load_evaluator,
+    require_evaluator,
+)
+from judging.metrics import Record
+from judging.realism import Reference, draw_conditions, frechet_distance, load_reference
+from network.checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_model
+from network.model import DiffusionModel
+from runtime import processes
+from runtime.device import autocast_dtype, pick_device
+from runtime.seeds import picture_seeds
+from runtime.settings import (
     ROOT,
     DataConfig,
     FdSamples,
@@ -24,20 +39,6 @@ from config import (
     WandbMode,
     to_dict,
 )
-from dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
-from device import autocast_dtype, pick_device
-from diffusion import picture_seeds, sample
-from evaluator import (
-    Evaluation,
-    Evaluator,
-    evaluate,
-    git_blob_hash,
-    load_evaluator,
-    require_evaluator,
-)
-from metrics import Record
-from model import DiffusionModel
-from realism import Reference, draw_conditions, frechet_distance, load_reference
 
 
 @dataclass(frozen=True)

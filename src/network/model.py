@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import ModelConfig, UserError
-from unet import ResBlock2D, SelfAttention2D, UNet2DModel
+from network.unet import ResBlock2D, SelfAttention2D, UNet2DModel
+from runtime.settings import ModelConfig, UserError
 
 
 class DiffusionModel(nn.Module):

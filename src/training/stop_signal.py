@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 
-import processes
+from runtime import processes
 
 
 class Stopped(Exception):

@@ -6,9 +6,8 @@ import sys
 
 import torch
 
-import processes
-from config import Precision, UserError
-
+from runtime import processes
+from runtime.settings import Precision, UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of glibc's mallopt(3)."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-import processes
-from config import UserError, WandbMode
+from runtime import processes
+from runtime.settings import UserError, WandbMode
 
 
 class Tracker:

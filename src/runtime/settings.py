@@ -17,9 +17,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-import processes
+from runtime import processes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 """Folder of the repository: default paths hang on it, so that commands work from any folder."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -308,45 +308,6 @@ class TrainConfig(Settings):
     def run_dir(self) -> Path:
         """The run's folder."""
         return self.output_dir / self.run_name
-
-
-RECIPES: dict[RecipeName, TrainConfig] = {
-    "original": TrainConfig(),
-    # What gets furthest in ten minutes of two cores: a narrow network on patches of 2x2 pixels,
-    # pictures scaled to unit variance, Muon, a condition that is heard from the start and scales
-    # features. Objects of unit variance show through much noise: they have their places while
-    # alphas_cumprod is still below about .01. So the schedule is shifted towards noise, for
-    # training and sampling to spend their steps there.
-    "small": TrainConfig(
-        recipe="small",
-        model=ModelConfig(
-            patch_size=2,
-            resnet_time_scale_shift="scale_shift",
-            block_out_channels=(32, 64, 128, 128),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-            norm_num_groups=8,
-            attention_head_dim=32,
-        ),
-        noise=SchedulerConfig(
-            prediction_type="v_prediction",
-            timestep_spacing="trailing",
-            shift_factor=-0.08,
-            scaling_factor=8.0,
-            log_snr_shift=-4.0,
-        ),
-        zero_init=True,
-        batch_size=32,
-        optimizer="muon",
-        lr=1.5e-3,
-        lr_warmup_steps=50,
-        adam_beta2=0.99,
-        ema_decay=0.998,
-        stratified_timesteps=True,
-    ),
-}
-"""Defaults of src/train.py by the name of --recipe."""
 
 
 def parse_args(cls: type[T], argv: Sequence[str] | None = None, default: T | None = None) -> T:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import ROOT, TrainConfig, UserError, from_dict, to_dict
-from dataset import check_objects
-from files import atomic_write
-from model import DiffusionModel
+from iclevr.dataset import check_objects
+from network.model import DiffusionModel
+from runtime.files import atomic_write
+from runtime.settings import ROOT, TrainConfig, UserError, from_dict, to_dict
 
 FORMAT = "iclevr-ddpm-1"
 PRETRAINED = ROOT / "data" / "standin" / "model.pth"

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from config import UserError
+from runtime.settings import UserError
 
 
 @contextlib.contextmanager

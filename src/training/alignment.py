@@ -1,20 +1,20 @@
 """Learning what a scene holds from a classifier: features aligned (REPA, Yu et al. 2024).
 
-Pixels say little about shapes: a cube drawn for a sphere costs the loss next to nothing. A ResNet18
-that tells the objects apart sees the clean picture, and the network's features of the noisy one are
-drawn towards its. The classifier must not be the judge, which would then score its own pupil; it and
-the heads between both are no part of the network that is kept.
+Pixels say little about shapes: a cube drawn for a sphere costs the loss next to nothing. A
+ResNet18 that tells the objects apart sees the clean picture, and the network's features of the
+noisy one are drawn towards its. The classifier must not be the judge, which would then score its
+own pupil; it and the heads between both are no part of the network that is kept.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import processes
-from config import ModelConfig, UserError
-from dataset import resize
-from evaluator import IMAGE_SIZE, Evaluator
-from model import DiffusionModel
+from iclevr.dataset import resize
+from judging.evaluator import IMAGE_SIZE, Evaluator
+from network.model import DiffusionModel
+from runtime import processes
+from runtime.settings import ModelConfig, UserError
 
 HIDDEN = 256
 """Channels inside a head."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from config import TrainConfig
-from device import autocast_dtype
+from runtime.device import autocast_dtype
+from runtime.settings import TrainConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan 2024), which brings singular values near 1."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from evaluator import Evaluation
-from intervals import Interval, accuracy_interval, mean_interval
+from judging.evaluator import Evaluation
+from judging.intervals import Interval, accuracy_interval, mean_interval
 
 SHARES = {"accuracy": "correct", "exact_sets": "exact"}
 """Figures that are shares, and their name in a record."""

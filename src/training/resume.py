@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import Checkpoint, DamagedFileError, load_checkpoint
-from config import RECIPES, TrainConfig, UserError, parse_args
+from network.checkpoint import Checkpoint, DamagedFileError, load_checkpoint
+from runtime.settings import TrainConfig, UserError, parse_args
+from training.recipes import RECIPES
 
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
 FREE_ON_RESUME = {

@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import processes
-from config import SamplingConfig, TrainConfig
-from dataset import DataPaths, read_conditions
-from diffusion import picture_seeds, sample
-from evaluator import Evaluator, evaluate
-from figures import grid, save_image
-from metrics import record, summarise
-from model import DiffusionModel
-from realism import draw_conditions, frechet_distance, load_reference
+from diffusion import sample
+from iclevr.dataset import DataPaths, read_conditions
+from judging.evaluator import Evaluator, evaluate
+from judging.figures import grid, save_image
+from judging.metrics import record, summarise
+from judging.realism import draw_conditions, frechet_distance, load_reference
+from network.model import DiffusionModel
+from runtime import processes
+from runtime.seeds import picture_seeds
+from runtime.settings import SamplingConfig, TrainConfig
 
 
 def preview_sampling(config: TrainConfig) -> SamplingConfig:

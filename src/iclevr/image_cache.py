@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError
-from files import atomic_write, check_folder, remove_left_overs
+from runtime.files import atomic_write, check_folder, remove_left_overs
+from runtime.settings import UserError
 
 MAX_SIDE = 8192  # a 64 px training picture needs no more; guards against decompression bombs
 MODES = ("RGB", "RGBA", "L", "P")  # 8 bits a channel; CLEVR's own pictures are RGBA

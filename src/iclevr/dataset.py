@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-import processes
-from config import ROOT, DataConfig, UserError
-from files import atomic_write, read_json
-from image_cache import load_images
-from render_iclevr import NAMES
+from iclevr.image_cache import load_images
+from iclevr.scene import NAMES
+from runtime import processes
+from runtime.files import atomic_write, read_json
+from runtime.settings import ROOT, DataConfig, UserError
 
 Mode = Literal["train", "test", "new_test"]
 SPLITS = ("test", "new_test")

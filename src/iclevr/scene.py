@@ -1,0 +1,91 @@
+"""What a stand-in scene holds: CLEVR's objects and camera, and the labels of every sequence.
+
+i-CLEVR (El-Nouby et al. 2019) adds objects one by one to a scene of CLEVR (Johnson et al. 2017).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+SHAPES = ("cube", "sphere", "cylinder")
+COLORS = {  # linear RGB times 255: decoding them as sRGB comes out far too dark
+    "gray": (87, 87, 87),
+    "red": (173, 35, 35),
+    "blue": (42, 75, 215),
+    "green": (29, 105, 20),
+    "brown": (129, 74, 25),
+    "purple": (129, 38, 192),
+    "cyan": (41, 208, 208),
+    "yellow": (255, 238, 51),
+}
+NAMES = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
+"""Object names in the order of their index, 8 * shape + color."""
+
+PICTURES = 3
+"""Pictures of a sequence."""
+RADIUS = 0.58
+"""Radius of spheres and cylinders and half side of cubes, in scene units: the size in the
+pictures of i-CLEVR."""
+CAMERA = (7.48113, -6.50764, 5.34367)
+"""Where the camera stands; it looks at the origin (CLEVR)."""
+
+CONDITION_SEQUENCES = 200
+"""Test conditions are label sets of the first this many sequences."""
+TEST_COUNTS, NEW_TEST_COUNTS = (6, 12, 14), (0, 12, 20)
+"""Conditions of 1, 2 and 3 objects in the course's test.json and new_test.json."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object: index into NAMES, place on the ground, rotation in radians."""
+
+    index: int
+    x: float
+    y: float
+    angle: float
+
+    @property
+    def shape(self) -> str:
+        return SHAPES[self.index // len(COLORS)]
+
+    @property
+    def albedo(self) -> list[float]:
+        return [value / 255 for value in COLORS[NAMES[self.index].split()[0]]]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Camera (3,), lamps (3, 3) and the three objects in the order in which they appear."""
+
+    camera: np.ndarray
+    lamps: np.ndarray
+    items: tuple[Item, ...]
+
+
+def sample_labels(seed: int, i: int) -> list[int]:
+    """Indices of the distinct objects of sequence i, in order of appearance."""
+    rng = np.random.default_rng([seed, i, 0])
+    return rng.permutation(len(NAMES))[:PICTURES].tolist()
+
+
+def make_conditions(seed: int) -> tuple[list[list[str]], list[list[str]]]:
+    """The conditions of test.json and new_test.json: no set of objects twice, all 24 objects
+    about equally often, all from the first sequences, so that training pictures show them."""
+    rng = np.random.default_rng([seed, 0, 2])  # 0 and 1 are those of sequence 0
+    used: set[frozenset[int]] = set()
+    seen: Counter[int] = Counter()
+
+    def pick(size: int) -> list[str]:
+        sets = [sample_labels(seed, i)[:size] for i in range(CONDITION_SEQUENCES)]
+        free = [labels for labels in sets if frozenset(labels) not in used]
+        rng.shuffle(free)
+        best = min(free, key=lambda labels: sum(2 * seen[n] + 1 for n in labels))
+        used.add(frozenset(best))
+        seen.update(best)
+        return [NAMES[n] for n in best]
+
+    def split(counts: tuple[int, ...]) -> list[list[str]]:
+        return [pick(size) for size, n in enumerate(counts, 1) for _ in range(n)]
+
+    return split(TEST_COUNTS), split(NEW_TEST_COUNTS)

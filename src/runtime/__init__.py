@@ -1,0 +1,1 @@
+"""What every script stands on: settings, files, devices, processes, seeds, logging."""

@@ -1,0 +1,17 @@
+"""Seeds: one for every picture and every training step, so that neither depends on a batch."""
+
+import numpy as np
+
+
+def picture_seeds(seed: int, count: int, purpose: int = 0) -> list[int]:
+    """One seed for every picture of a set; sets with other `seed`s or purposes share none."""
+    return [derive_seed(seed, purpose, i) for i in range(count)]
+
+
+def derive_seed(seed: int, purpose: int, number: int) -> int:
+    """A 64-bit seed from three numbers.
+
+    Purpose 0: test picture `number`, 1: training step, 2: picture for the Frechet distance,
+    3: the choice of conditions for it.
+    """
+    return int(np.random.SeedSequence([seed, purpose, number]).generate_state(1, np.uint64)[0])

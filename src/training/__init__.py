@@ -1,0 +1,1 @@
+"""Training: its steps, and what keeps a run alive, resumable and visible."""

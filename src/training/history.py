@@ -1,0 +1,47 @@
+"""metrics.jsonl: what happened at which step of a run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from runtime.files import (
+    atomic_write,
+)
+from runtime.settings import UserError
+
+
+class Metrics:
+    """metrics.jsonl: a line of JSON for each record, {"step": ...}."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def lines(self) -> list[tuple[float, str]]:
+        """Each line with its step, which is infinite where a kill or a full disk cut it short."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        found = []
+        for line in text.splitlines():
+            try:
+                found.append((json.loads(line)["step"], line))
+            except (ValueError, TypeError, KeyError):
+                found.append((math.inf, line))
+        return found
+
+    def has_preview(self, step: int) -> bool:
+        """Whether there is a preview of the network after this step."""
+        return any(at == step and '"picture"' in line for at, line in self.lines())
+
+    def drop_after(self, step: int) -> None:
+        """Take out the lines of later steps, which were lost and will be taken again."""
+        if self.path.exists():
+            kept = "".join(f"{line}\n" for at, line in self.lines() if at <= step)
+            with atomic_write(self.path) as temporary:
+                temporary.write_text(kept, encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written: {error.strerror}") from None

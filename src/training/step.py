@@ -1,0 +1,210 @@
+"""One optimiser step, and all that it changes."""
+
+import contextlib
+import copy
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from diffusion import draw_timesteps, drop_labels, scale, training_loss
+from judging.evaluator import Evaluator
+from network.checkpoint import (
+    Checkpoint,
+    load_weights,
+)
+from network.model import DiffusionModel, zero_init
+from runtime import processes
+from runtime.device import autocast, autocast_dtype
+from runtime.seeds import derive_seed
+from runtime.settings import TrainConfig, UserError
+from training.alignment import Alignment
+from training.optimizer import make_optimizer
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes."""
+
+    model: DiffusionModel
+    parallel: nn.Module
+    """The same network; its gradients are the mean over all processes."""
+    ema: DiffusionModel | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    alignment: Alignment | None
+    skipped: Tensor
+    """(2,) on the device: steps skipped for NaN or infinite gradients, in all and in a row."""
+    step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    """(), this process's part of each step's loss, since the last line of metrics.jsonl."""
+
+    def training_state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+            "alignment": self.alignment.state_dict() if self.alignment else None,
+        }
+
+    def load(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Take over what a checkpoint holds.
+
+        Raises:
+            UserError: it is not of this network and optimiser.
+        """
+        load_weights(self.model, checkpoint.model, path, "its settings")
+        if self.ema is not None:
+            load_weights(self.ema, checkpoint.ema, path, "its settings")
+        try:
+            self.optimizer.load_state_dict(checkpoint.training["optimizer"])
+            self.lr_scheduler.load_state_dict(checkpoint.training["lr_scheduler"])
+            self.scaler.load_state_dict(checkpoint.training["scaler"])
+            if self.alignment is not None:
+                self.alignment.load_state_dict(checkpoint.training["alignment"])
+            self.skipped.copy_(checkpoint.training.get("skipped", self.skipped))
+            self.losses = [loss.to(self.skipped.device)
+                           for loss in checkpoint.training.get("losses", [])]  # fmt: skip
+        except Exception as error:  # whatever the loaders make of a stranger's content
+            why = " ".join(str(error).split())[:100]
+            raise UserError(
+                f"{path}: what it holds of the optimiser doesn't fit ({type(error).__name__}: "
+                f"{why}); resume from another checkpoint"
+            ) from None
+        self.step = checkpoint.step
+
+
+def build_state(
+    config: TrainConfig, total_steps: int, device: torch.device, teacher: Evaluator | None = None
+) -> TrainState:
+    """Network, average, optimiser and schedules before the first step.
+
+    Args:
+        teacher: whose features the network's are aligned to; None: of nobody.
+
+    Raises:
+        UserError: the network's features don't fit the teacher's.
+    """
+    torch.manual_seed(config.seed)
+    model = DiffusionModel(config.model)
+    if config.zero_init:
+        zero_init(model)
+    model = model.to(device, memory_format=torch.channels_last)
+    alignment = Alignment(teacher, config.model).to(device) if teacher else None
+    optimizer = make_optimizer(model, config, [*alignment.parameters()] if alignment else [])
+    parallel = model
+    if processes.world_size() > 1:
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return TrainState(
+        model,
+        parallel,
+        copy.deepcopy(model).requires_grad_(False) if config.ema else None,
+        optimizer,
+        get_cosine_schedule_with_warmup(optimizer, config.lr_warmup_steps, total_steps),
+        torch.amp.GradScaler(
+            device.type, enabled=autocast_dtype(config.mixed_precision, device) == torch.float16
+        ),
+        alignment,
+        torch.zeros(2, device=device),
+    )
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * model, for all weights at once."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Random numbers of one step, from (seed, step) alone: a resumed run draws the same ones."""
+    value = derive_seed(seed, 1, step)
+    # Dropout in the network draws from the global generator, for other pictures in each process.
+    torch.manual_seed((value + processes.rank()) % 2**64)
+    return torch.Generator(device).manual_seed(value)
+
+
+def train_step(
+    state: TrainState,
+    config: TrainConfig,
+    scheduler: Any,
+    x_0: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype | None,
+    count: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step.
+
+    All random numbers are drawn for the whole batch, and each process takes its rows: the step is
+    the same, but for rounding, however the batch is cut.
+
+    Args:
+        x_0:    (n, 3, H, W) in [-1, 1], this process's share of the batch
+        labels: (n, K)
+        count:  pictures of the whole batch; None: n
+
+    Returns:
+        scalars on the device: the loss's sum over this process's pictures, divided by `count`,
+        and the norm of the whole batch's gradient.
+    """
+    device, count = x_0.device, count or len(x_0)
+    generator = step_generator(config.seed, state.step, device)
+    t = draw_timesteps(
+        count, config.noise.num_train_timesteps, config.timestep_power,
+        config.stratified_timesteps, generator,
+    )  # fmt: skip
+    eps = torch.randn(count, *x_0.shape[1:], device=device, generator=generator)
+    kept = drop_labels(torch.ones(count, 1, device=device), config.cfg_dropout_prob, generator)
+    mine = processes.shard(count)
+    images, labels, t, eps = x_0, labels * kept[mine], t[mine], eps[mine]
+    x_0 = scale(images, config.noise)
+
+    state.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=device)
+    parts = config.gradient_accumulation_steps
+    for number in range(parts):
+        part = slice(len(x_0) * number // parts, len(x_0) * (number + 1) // parts)
+        last = number == parts - 1  # processes exchange their gradients only then
+        with contextlib.nullcontext() if last else no_sync(state.parallel):
+            features = {} if state.alignment else None
+            with autocast(device, dtype):
+                losses = training_loss(
+                    functools.partial(state.parallel, features=features), scheduler, x_0[part],
+                    labels[part], t[part], eps[part], config.min_snr_gamma,
+                )  # fmt: skip
+                total += losses.detach().sum() / count
+                if state.alignment:
+                    losses = losses + config.align_weight * state.alignment(features, images[part])
+            # Gradients become their mean over processes: the sum is wanted.
+            state.scaler.scale(losses.sum() / count * processes.world_size()).backward()
+    if state.alignment:
+        state.alignment.share_gradients()
+
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
+    bad = ~grad_norm.isfinite()  # stays on the device: nothing waits for it
+    if not state.scaler.is_enabled():
+        # As GradScaler does for float16: the fused optimiser then leaves everything as it is.
+        state.optimizer.found_inf = bad.float()
+    state.skipped = torch.stack([state.skipped[0] + bad, (state.skipped[1] + 1) * bad])
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.lr_scheduler.step()
+    if state.ema is not None:
+        decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
+        update_ema(state.ema, state.model, decay)
+    state.step += 1
+    return total, grad_norm
+
+
+def no_sync(parallel: nn.Module) -> contextlib.AbstractContextManager:
+    """Keep gradients in their process for now; nothing for a single process."""
+    if isinstance(parallel, DistributedDataParallel):
+        return parallel.no_sync()
+    return contextlib.nullcontext()
