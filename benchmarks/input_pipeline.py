@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from common import interleave, machine, ratios, show, spread, synchronize, table
 
-from diffusion import make_scheduler
+from diffusion.schedule import make_scheduler
 from iclevr.dataset import get_dataloader, read_objects, read_train
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture

@@ -30,7 +30,8 @@ from common import (
     spread,
 )
 
-from diffusion import check_steps, evaluations, sample
+from diffusion.sampling import evaluations, sample
+from diffusion.schedule import check_steps
 from judging.bench import (
     Bench,
     Draw,

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from common import interleave, machine, ratios, show, spread, synchronize, table
 
-from diffusion import draw_timesteps, drop_labels, make_scheduler, training_loss
+from diffusion.loss import draw_timesteps, drop_labels, training_loss
+from diffusion.schedule import make_scheduler
 from network.model import DiffusionModel, stages, unet_arguments
 from runtime.device import autocast_dtype, pick_device
 from runtime.files import write_json

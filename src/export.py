@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffusion import check_steps, make_scheduler
+from diffusion.schedule import check_steps, make_scheduler
 from iclevr.dataset import check_objects
 from network.checkpoint import (
     Checkpoint,

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from diffusion import check_steps
+from diffusion.schedule import check_steps
 from iclevr.dataset import SPLITS
 from judging.bench import (
     BenchConfig,

@@ -22,7 +22,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion import check_steps, sample
+from diffusion.sampling import sample
+from diffusion.schedule import check_steps
 from iclevr.dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
 from judging.bench import (
     Bench,

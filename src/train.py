@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion import check_steps
+from diffusion.schedule import check_steps
 from iclevr.dataset import (
     find_data,
     get_dataloader,

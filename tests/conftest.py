@@ -66,6 +66,14 @@ def trained(tmp_path_factory):
     return data, root / "output", checkpoint
 
 
+def train_argv(data: Path, output: Path, *more) -> list[str]:
+    return [
+        "--data_dir", str(data), "--output_dir", str(output), "--run_name", "r", "--batch_size",
+        "4", "--device", "cpu", "--mixed_precision", "no", "--wandb", "disabled",
+        "--log_interval", "1", "--sample_interval", "100", *SMALL_NETWORK, *map(str, more),
+    ]  # fmt: skip
+
+
 def error_of(main, argv) -> str:
     """The message that a script ends with; it must be one line."""
     with pytest.raises(UserError) as caught:

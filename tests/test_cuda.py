@@ -8,12 +8,13 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from test_train import train_argv
-from test_unet import CONFIGS
+from conftest import train_argv
+from networks import CONFIGS
 from torch import nn
 
 import train
-from diffusion import make_scheduler, sample
+from diffusion.sampling import sample
+from diffusion.schedule import make_scheduler
 from iclevr.dataset import SPLITS, read_conditions, read_objects
 from judging.evaluator import load_evaluator
 from network.checkpoint import PRETRAINED, load_checkpoint, load_model

@@ -1,6 +1,6 @@
-"""The rooms of src/ stand on each other: commands on top, the method in the middle, machinery below.
+"""The rooms of src/ stand on each other: commands on top, then the method, machinery below.
 
-    python tests/test_rooms.py    # lines, longest file and function, arrows and levels of imports
+python tests/test_rooms.py    # lines, longest file and function, arrows and levels of imports
 """
 
 import ast

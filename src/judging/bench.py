@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import sample
+from diffusion.sampling import sample
 from iclevr.dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
 from judging.evaluator import (
     Evaluation,

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from network.unet import ResBlock2D, SelfAttention2D, UNet2DModel
+from network.blocks import ResBlock2D
+from network.layers import SelfAttention2D
+from network.unet import UNet2DModel
 from runtime.settings import ModelConfig, UserError
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from diffusion import sample
+from diffusion.sampling import sample
 from iclevr.dataset import DataPaths, read_conditions
 from judging.evaluator import Evaluator, evaluate
 from judging.figures import grid, save_image

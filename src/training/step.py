@@ -12,7 +12,8 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion import draw_timesteps, drop_labels, scale, training_loss
+from diffusion.loss import draw_timesteps, drop_labels, training_loss
+from diffusion.schedule import scale
 from judging.evaluator import Evaluator
 from network.checkpoint import (
     Checkpoint,

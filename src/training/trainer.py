@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from diffusion import make_scheduler
+from diffusion.schedule import make_scheduler
 from iclevr.dataset import (
     IclevrDataset,
 )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import export
 import train
-from diffusion import sample
+from diffusion.sampling import sample
 from network.checkpoint import load_checkpoint, load_model, save_checkpoint
 from network.model import DiffusionModel
 from runtime.seeds import picture_seeds

@@ -8,7 +8,8 @@ import torch
 from conftest import OBJECTS
 from scipy import linalg, stats
 
-from diffusion import classifier_guidance, make_scheduler, unscale
+from diffusion.guidance import classifier_guidance
+from diffusion.schedule import make_scheduler, unscale
 from judging.evaluator import Evaluator, build_evaluator, calibrate, judge_scores
 from judging.intervals import Interval
 from judging.metrics import count_interval, paired_difference, record, summarise

@@ -22,7 +22,7 @@ from iclevr.ray_tracer import render_picture
 from iclevr.scene import NAMES, sample_labels
 from judging.evaluator import evaluate, load_evaluator
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "generated"
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "generated"
 COURSE = REFERENCE.parents[1] / "course"
 
 

@@ -7,85 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
+from networks import CONFIGS
 from torch import nn
 
+from network.blocks import ResBlock2D
+from network.layers import GroupNorm, SelfAttention2D, Upsample2D
 from network.model import DiffusionModel, stages, zero_init
-from network.unet import GroupNorm, ResBlock2D, SelfAttention2D, UNet2DModel, Upsample2D
+from network.unet import UNet2DModel
 from runtime.settings import ModelConfig, UserError
-
-SPEC = dict(
-    sample_size=64,
-    in_channels=3,
-    out_channels=3,
-    layers_per_block=2,
-    block_out_channels=(128, 128, 256, 256, 512, 512),
-    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-    class_embed_type="identity",
-)
-CONFIGS = {
-    "spec": SPEC,
-    "unconditional, 3 layers, attention first and last": dict(
-        sample_size=16,
-        layers_per_block=3,
-        block_out_channels=(32, 64, 96),
-        down_block_types=("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"),
-        norm_num_groups=16,
-    ),
-    "one layer, widths not a multiple of the head, 4 in 6 out": dict(
-        sample_size=8,
-        in_channels=4,
-        out_channels=6,
-        layers_per_block=1,
-        block_out_channels=(20, 36),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D"),
-        norm_num_groups=4,
-        class_embed_type="identity",
-    ),
-    "one resolution, one head, odd width, other eps": dict(
-        sample_size=8,
-        block_out_channels=(15,),
-        down_block_types=("AttnDownBlock2D",),
-        up_block_types=("AttnUpBlock2D",),
-        attention_head_dim=None,
-        norm_num_groups=5,
-        norm_eps=1e-3,
-    ),
-    "wide heads, narrowing channels": dict(
-        sample_size=32,
-        block_out_channels=(64, 32, 32, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=32,
-        norm_num_groups=8,
-        class_embed_type="identity",
-    ),
-    "embedding as scale and shift, dropout": dict(
-        sample_size=16,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        dropout=0.3,  # in eval mode: no effect
-        class_embed_type="identity",
-        resnet_time_scale_shift="scale_shift",
-    ),
-    "the same with a norm in the mid block's attention": dict(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        resnet_time_scale_shift="scale_shift",
-        attn_norm_num_groups=4,
-        time_embedding_dim=40,
-        class_embed_type="identity",
-    ),
-}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -303,7 +232,7 @@ def test_patches_are_positions_of_more_channels():
     assert model(x, 3, torch.zeros(2, 24)).shape == x.shape
 
     class Returns(torch.nn.Module):
-        def forward(self, patches, t, embedding):
+        def forward(self, patches, t, embedding, features=None):
             self.seen = patches
             return patches
 

@@ -8,20 +8,10 @@ import pytest
 import torch
 from conftest import LinearModel
 
-from diffusion import (
-    check_steps,
-    draw_timesteps,
-    drop_labels,
-    evaluations,
-    guided_prediction,
-    make_scheduler,
-    min_snr_weight,
-    renoise,
-    sample,
-    scale,
-    training_loss,
-    unscale,
-)
+from diffusion.guidance import guided_prediction
+from diffusion.loss import draw_timesteps, drop_labels, min_snr_weight, training_loss
+from diffusion.sampling import evaluations, renoise, sample
+from diffusion.schedule import check_steps, make_scheduler, scale, unscale
 from network.model import DiffusionModel
 from runtime.seeds import derive_seed, picture_seeds
 from runtime.settings import ModelConfig, SamplingConfig, SchedulerConfig, UserError, from_dict

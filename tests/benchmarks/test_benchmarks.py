@@ -3,21 +3,17 @@
 import importlib
 import json
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-from conftest import SMALL_NETWORK, error_of
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import ablations
+import pytest
 import sampling_steps
 import time_to_accuracy
 import training_runs
 import two_checkouts
 from common import model_flags
+from conftest import SMALL_NETWORK, error_of
 
 from network.checkpoint import load_checkpoint, save_checkpoint
 from runtime.settings import ModelConfig, TrainConfig, parse_args

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import OBJECTS, SMALL_NETWORK, error_of
+from conftest import OBJECTS, SMALL_NETWORK, error_of, train_argv
 from PIL import Image
 
 import demo
@@ -24,7 +24,7 @@ import guidance_scale
 import test
 import train
 import train_evaluator
-from diffusion import sample
+from diffusion.sampling import sample
 from guidance_scale import indistinguishable, summarise_sweep, verdict
 from judging.bench import Draw
 from judging.evaluator import build_evaluator, evaluate, load_evaluator
@@ -37,14 +37,6 @@ from training.recipes import RECIPES
 from training.resume import checkpoints, latest_checkpoint, latest_whole_checkpoint, read_config
 from training.step import update_ema
 from training.stop_signal import StopSignal
-
-
-def train_argv(data: Path, output: Path, *more) -> list[str]:
-    return [
-        "--data_dir", str(data), "--output_dir", str(output), "--run_name", "r", "--batch_size",
-        "4", "--device", "cpu", "--mixed_precision", "no", "--wandb", "disabled",
-        "--log_interval", "1", "--sample_interval", "100", *SMALL_NETWORK, *map(str, more),
-    ]  # fmt: skip
 
 
 def test_run_folder(trained):
@@ -583,7 +575,7 @@ def test_a_second_signal_stops_at_once_but_not_an_echo_of_the_first():
 def test_unwritable_folders_are_found_before_the_work(trained, tmp_path, monkeypatch):
     data, _, path = trained
     (tmp_path / "file").touch()
-    monkeypatch.setattr("diffusion.sample", None)
+    monkeypatch.setattr("diffusion.sampling.denoise", None)
     argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path / "file" / "x"]
     for main, more in ((test.main, []), (test.main, ["--prompt", "red cube"]),
                        (guidance_scale.main, [])):  # fmt: skip

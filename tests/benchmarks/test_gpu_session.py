@@ -1,15 +1,10 @@
 """The session on a GPU, rehearsed: every stage in miniature, and the watch over their time."""
 
 import json
-import sys
 import time
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu_session
+import pytest
 from gpu_job import NETWORKS, SMALL, Job, StageConfig
 from gpu_training import compile_or_not, train_run
 

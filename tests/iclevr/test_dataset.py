@@ -16,7 +16,7 @@ from iclevr import dataset
 from iclevr.dataset import IclevrDataset, TrainSampler, decode_labels, encode_labels, get_dataloader
 from runtime.settings import DataConfig, UserError
 
-COURSE = Path(__file__).resolve().parents[2] / "shared" / "course"
+COURSE = Path(__file__).resolve().parents[3] / "shared" / "course"
 
 
 def test_labels_round_trip():

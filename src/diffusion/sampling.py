@@ -1,0 +1,177 @@
+"""From noise to pictures: the one `sample`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion.guidance import Guide, classifier_guidance, guided_prediction
+from diffusion.schedule import check_steps, make_scheduler, unscale
+from runtime import processes
+from runtime.device import autocast, autocast_dtype
+from runtime.settings import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
+
+
+def step_repeats(noise: SchedulerConfig, config: SamplerConfig, t: Tensor | int) -> int:
+    """How many times the step from timestep `t` is taken, see `renoise`."""
+    first, last = config.resample_interval
+    return config.resample if first <= t / noise.num_train_timesteps <= last else 1
+
+
+def step_guidance(noise: SchedulerConfig, config: SamplingConfig, t: Tensor | int) -> float:
+    """The guidance scale at timestep `t`."""
+    first, last = config.guidance_interval
+    return config.guidance_scale if first <= t / noise.num_train_timesteps <= last else 1.0
+
+
+def renoise(x_prev: Tensor, t: Tensor, scheduler: Any, z: Tensor) -> Tensor:
+    """Go back from the end of a step to its start: a draw from q(x_t | x_prev).
+
+    sqrt(a) x_prev + sqrt(1 - a) z with a = alphas_cumprod_t / alphas_cumprod_prev. Taking the
+    step again then lets the network mend what does not fit what it has meanwhile drawn elsewhere
+    (RePaint, Lugmayr et al. 2022, algorithm 1, line 9).
+
+    Args:
+        x_prev: (N, 3, H, W), what the step of `scheduler` from `t` gave.
+        z: (N, 3, H, W) standard normal noise.
+    """
+    if isinstance(scheduler, DDIMScheduler):
+        previous = t - len(scheduler.alphas_cumprod) // scheduler.num_inference_steps
+    else:
+        previous = scheduler.previous_timestep(t)
+    a = scheduler.alphas_cumprod[t]
+    if previous >= 0:  # before the first step stands x_0, whose alphas_cumprod is 1
+        a = a / scheduler.alphas_cumprod[previous]
+    return a.sqrt().to(x_prev.device) * x_prev + (1 - a).sqrt().to(x_prev.device) * z
+
+
+def draw_noise(generators: Sequence[torch.Generator], size: int) -> Tensor:
+    """Standard normal (N, 3, S, S) on the CPU, from each picture's own generator."""
+    return torch.cat([torch.randn(1, 3, size, size, generator=g) for g in generators])
+
+
+def evaluations(noise: SchedulerConfig, config: SamplingConfig) -> int:
+    """Evaluations of the network for one picture; a guided step takes two."""
+    scheduler = make_scheduler(noise, config.scheduler)
+    scheduler.set_timesteps(check_steps(noise, config))
+    return sum(
+        step_repeats(noise, config, t) * (1 if step_guidance(noise, config, t) in (0, 1) else 2)
+        for t in scheduler.timesteps
+    )
+
+
+@torch.no_grad()
+def denoise(
+    model: nn.Module,
+    noise: SchedulerConfig,
+    labels: Tensor,
+    generators: Sequence[torch.Generator],
+    config: SamplingConfig,
+    guide: Guide | None = None,
+) -> Iterator[Tensor]:
+    """Draw one batch: yields x_T, then x_t after every step, the last one being x_0.
+
+    Args:
+        labels: (N, K) on the network's device.
+        generators: N on the CPU, one for each picture.
+
+    Yields:
+        (N, 3, S, S) on the network's device, as the network sees pictures, see `scale`.
+    """
+    device = labels.device
+    dtype = autocast_dtype(config.mixed_precision, device)
+    scheduler = make_scheduler(noise, config.scheduler)
+    scheduler.set_timesteps(check_steps(noise, config))
+    extra = {  # the solvers draw nothing
+        "ddpm": {"generator": generators},
+        "ddim": {"generator": generators, "eta": config.eta},
+    }.get(config.scheduler, {})
+    x_t = draw_noise(generators, model.image_size).to(device)
+    yield x_t
+    for t in scheduler.timesteps:
+        guidance_scale, repeats = step_guidance(noise, config, t), step_repeats(noise, config, t)
+        for repeat in range(repeats):
+            if repeat:
+                z = draw_noise(generators, model.image_size).to(device)
+                x_t = renoise(x_t, t, scheduler, z)
+            with autocast(device, dtype):
+                prediction = guided_prediction(model, x_t, t.to(device), labels, guidance_scale)
+            if config.classifier_guidance_scale:
+                prediction = classifier_guidance(
+                    prediction, x_t, t, labels, scheduler, noise, guide,
+                    config.classifier_guidance_scale,
+                )  # fmt: skip
+            x_t = scheduler.step(prediction, t, x_t, **extra).prev_sample
+        yield x_t
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    noise: SchedulerConfig,
+    labels: Tensor,
+    seeds: Sequence[int],
+    config: SamplingConfig,
+    num_intermediates: int = 0,
+    progress: bool = True,
+    guide: Guide | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw pictures for conditions: from noise to x_0 with guidance.
+
+    Every picture has its own random numbers, made on the CPU: it does not depend on the batch it
+    is drawn in, nor on the device but for rounding. Of several processes each draws its share,
+    and all get all pictures.
+
+    Args:
+        model: the network, on its device; put into eval mode.
+        noise: the schedule the network was trained with.
+        labels: (N, K) multi-hot conditions.
+        seeds: N seeds.
+        config: scheduler, steps, guidance scale, batch size, number format.
+        num_intermediates: pictures to keep on the way, evenly spaced, noise and result included;
+            more than there are steps repeat some.
+        progress: show a progress bar.
+        guide: whose gradient is followed if config.classifier_guidance_scale is not 0.
+
+    Returns:
+        pictures (N, 3, S, S) float32 in [-1, 1] on the CPU, and the kept x_t
+        (num_intermediates, N, 3, S, S), clipped to [-1, 1] as well.
+    """
+    if config.classifier_guidance_scale and guide is None:
+        raise ValueError("classifier_guidance_scale needs a guide")
+    if len(labels) != len(seeds):
+        raise ValueError(f"{len(labels)} labels but {len(seeds)} seeds")
+    model.eval()
+    device, size = next(model.parameters()).device, model.image_size
+    steps = check_steps(noise, config)
+    kept_steps = np.linspace(0, steps, num_intermediates).round().astype(int).tolist()
+
+    count, mine = len(seeds), processes.shard(len(seeds))
+    labels, seeds = labels[mine], seeds[mine]
+    pictures = [torch.empty(0, 3, size, size)]  # of a process without a share
+    intermediates = [torch.empty(num_intermediates, 0, 3, size, size)]
+    starts = range(0, len(seeds), config.batch_size)
+    with tqdm(
+        total=len(starts) * steps, desc="sample", unit="step", leave=False,
+        disable=not progress or not processes.is_main(),
+    ) as bar:  # fmt: skip
+        for start in starts:
+            batch = slice(start, start + config.batch_size)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
+            y, kept = labels[batch].to(device), []
+            for done, x_t in enumerate(denoise(model, noise, y, generators, config, guide)):
+                kept += [x_t.cpu()] * kept_steps.count(done)
+                bar.update(done > 0)
+            pictures.append(x_t.cpu())
+            intermediates.append(torch.stack(kept) if kept else torch.empty(0, *x_t.shape))
+    x_0 = processes.gather(torch.cat(pictures), count)
+    kept_x_t = processes.gather(torch.cat(intermediates, dim=1).movedim(1, 0), count).movedim(0, 1)
+    if not x_0.isfinite().all():
+        raise UserError("the network gives NaN or infinite values: its training has diverged")
+    return unscale(x_0, noise).clamp(-1, 1), unscale(kept_x_t, noise).clamp(-1, 1)
