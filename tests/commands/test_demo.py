@@ -1,0 +1,14 @@
+"""src/demo.py's stages."""
+
+import demo
+import guidance_scale
+import test
+from training.resume import read_config
+
+
+def test_demo_stages_are_commands_that_parse():
+    for size in (demo.QUICK, demo.FULL):
+        config, _ = read_config(["--recipe", "small", "--dry_run"])
+        flags = f"--ckpt_path x {demo.SAMPLER} {size['sweep']}"
+        sweep = guidance_scale.parse_args(guidance_scale.SweepConfig, flags.split())
+        assert test.check_steps(config.noise, sweep.sampling) == 12

@@ -1,0 +1,229 @@
+"""src/test.py on a tiny world."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of
+from PIL import Image
+
+import guidance_scale
+import test
+import train_evaluator
+from judging.evaluator import evaluate
+from network.checkpoint import load_checkpoint, save_checkpoint
+from runtime.settings import DataConfig, TrainConfig
+
+
+def test_unwritable_folders_are_found_before_the_work(trained, tmp_path, monkeypatch):
+    data, _, path = trained
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("diffusion.sampling.denoise", None)
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path / "file" / "x"]
+    for main, more in ((test.main, []), (test.main, ["--prompt", "red cube"]),
+                       (guidance_scale.main, [])):  # fmt: skip
+        assert "can't be written to" in error_of(main, [*argv, *more])
+    argv = ["--data_dir", data, "--out", tmp_path / "file" / "x"]
+    assert "can't be written to" in error_of(train_evaluator.main, argv)
+    assert "is a folder" in error_of(
+        train_evaluator.main, ["--data_dir", data, "--out", tmp_path, "--overwrite"]
+    )
+
+
+def result_folder(output: Path, name: str) -> Path:
+    """The one folder of this name and a hash of all settings."""
+    (folder,) = (p for p in (output / "tiny").iterdir() if p.name.rsplit("-", 1)[0] == name)
+    return folder
+
+
+def test_testing_needs_only_the_checkpoint(trained, tmp_path):
+    data, output, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--num_fd_samples", 6, "--wandb", "disabled"]  # fmt: skip
+    report = test.main([str(a) for a in argv])
+    folder = result_folder(tmp_path, "ddpm20-guidance3")
+    for split in ("test", "new_test"):
+        assert {p.name for p in (folder / "images" / split).iterdir()} == {
+            f"{i}.png" for i in range(4)
+        }
+        assert Image.open(folder / "images" / split / "0.png").size == (64, 64)
+        assert (folder / f"{split}_grid.png").exists()
+    assert report["sampling"]["num_inference_steps"] == 20  # all that were trained
+    assert json.loads((folder / "accuracies.json").read_text()) == report
+    assert Image.open(folder / "denoising.png").size[0] > 8 * 128
+    # The pictures on disk, judged on their own, have the accuracy that was reported.
+    bench = test.open_bench(path, DataConfig(data_dir=data), "cpu")
+    from iclevr.image_cache import read_image
+
+    images = torch.stack(
+        [
+            torch.from_numpy(read_image(folder / "images" / "test" / f"{i}.png", 64).copy())
+            for i in range(4)
+        ]
+    )
+    result = evaluate(bench.judge, images.float() / 127.5 - 1, bench.labels["test"])
+    record = report["records"]["test"][0]
+    assert result.correct.tolist() == record["correct"]
+    assert result.exact.tolist() == record["exact"]
+    assert report["frechet_distance"]["mean"] > 0
+    assert len(report["nearest_rms"]) == 8
+    for name in ("confusion.png", "nearest.png"):
+        assert Image.open(folder / name).size[0] > 500
+    assert "exact_sets" in (folder / "figures.md").read_text()
+
+
+def test_several_seeds_give_mean_and_interval(trained, tmp_path):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--scheduler", "ddim", "--num_inference_steps", 5, "--num_seeds", 3,
+            "--num_fd_samples", 0, "--wandb", "disabled"]  # fmt: skip
+    report = test.main([str(a) for a in argv])
+    records = report["records"]["test"]
+    mean = np.mean([sum(r["correct"]) / sum(r["total"]) for r in records])
+    assert report["accuracy"]["test"]["mean"] == pytest.approx(mean)
+    assert len(records) == 3
+    # Other seeds lie beside them: nothing is lost.
+    test.main([str(a) for a in [*argv, "--num_seeds", 1, "--seed", 1]])
+    for name in ("ddim5-guidance3-seeds0to2", "ddim5-guidance3-seed1"):
+        assert (result_folder(tmp_path, name) / "accuracies.json").exists()
+
+
+def test_an_interrupted_test_goes_on(trained, tmp_path, monkeypatch):
+    """Draws are kept; the report is that of an uninterrupted test, and settings never mix."""
+    data, _, path = trained
+    argv = [str(a) for a in [
+        "--ckpt_path", path, "--data_dir", data, "--device", "cpu", "--scheduler", "ddim",
+        "--num_inference_steps", 5, "--num_seeds", 3, "--num_fd_samples", 4, "--wandb", "disabled",
+    ]]  # fmt: skip
+    whole = test.main([*argv, "--output_dir", str(tmp_path / "whole")])
+    real, drawn = test.draw_splits, []
+
+    def interrupted(bench, sampling, seed):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(seed)
+        return real(bench, sampling, seed)
+
+    monkeypatch.setattr(test, "draw_splits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        test.main([*argv, "--output_dir", str(tmp_path)])
+    folder = result_folder(tmp_path, "ddim5-guidance3-seeds0to2")
+    with open(folder / "draws.jsonl", "a") as file:
+        file.write('\n{"scale": 3.0, "se')  # a line cut short
+
+    def counted(bench, sampling, seed):
+        drawn.append(seed)
+        return real(bench, sampling, seed)
+
+    monkeypatch.setattr(test, "draw_splits", counted)
+    assert test.main([*argv, "--output_dir", str(tmp_path)]) == whole
+    assert drawn == [0, 1, 2]
+    pictures = sorted(p.relative_to(folder) for p in folder.rglob("*.png"))
+    other = result_folder(tmp_path / "whole", "ddim5-guidance3-seeds0to2")
+    assert pictures == sorted(p.relative_to(other) for p in other.rglob("*.png"))
+    shutil.rmtree(folder / "images")  # they come back, and the other draws aren't made again
+    assert test.main([*argv, "--output_dir", str(tmp_path)]) == whole
+    assert pictures == sorted(p.relative_to(folder) for p in folder.rglob("*.png"))
+    assert drawn == [0, 1, 2, 0]
+    # Another judge in a file of the same name: its draws are not taken for these. (Without
+    # training pictures, whose features would tell the judges apart, too.)
+    (tmp_path / "j").mkdir()
+    judge = torch.load(data / "evaluator.pth", weights_only=True)
+    for name, value in (("a", 0.4), ("b", 0.6)):
+        (tmp_path / "j" / name).mkdir()
+        torch.save(judge | {"threshold": value}, tmp_path / "j" / name / "evaluator.pth")
+        test.main([*argv, "--output_dir", str(tmp_path), "--image_dir", str(tmp_path / "none"),
+                   "--evaluator", str(tmp_path / "j" / name / "evaluator.pth")])  # fmt: skip
+    assert drawn[4:] == [0, 1, 2] * 2
+
+
+def test_features_of_the_training_pictures_are_computed_only_when_needed(trained, tmp_path):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--cache_dir", tmp_path / "cache", "--scheduler", "ddim", "--num_inference_steps", 5,
+            "--wandb", "disabled"]  # fmt: skip
+    test.main([str(a) for a in [*argv, "--num_fd_samples", 0]])
+    assert (result_folder(tmp_path, "ddim5-guidance3") / "nearest.png").exists()
+    assert not [*(tmp_path / "cache").glob("features*")]
+    test.main([str(a) for a in [*argv, "--num_fd_samples", 4]])
+    assert len([*(tmp_path / "cache").glob("features*")]) == 1
+
+
+def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, tmp_path):
+    """Following the judge's gradient pleases that judge; every output says so."""
+    data, _, path = trained
+    train_evaluator.main(
+        ["--data_dir", str(data), "--epochs", "1", "--seed", "1", "--device", "cpu",
+         "--out", str(tmp_path / "second.pth")]
+    )  # fmt: skip
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--num_seeds", 2, "--num_fd_samples", 0, "--wandb", "disabled"]  # fmt: skip
+    guided = [*argv, "--classifier_guidance_scale", 20]
+    for scheduler in ("ddpm", "ddim"):
+        more = ["--scheduler", scheduler, "--num_inference_steps", 20]
+        report = test.main([str(a) for a in [*guided, *more]])
+        assert report["judge"] == "trained on data, guided by the judge"
+        name = f"{scheduler}20-guidance3-guided_by_the_judge20-seeds0to1"
+        folder = result_folder(tmp_path, name)
+        assert "guided by the judge" in (folder / "figures.md").read_text()
+    assert "guided by the judge" in (tmp_path / "tiny" / "accuracies.md").read_text()
+
+    report = test.main([str(a) for a in [*guided, "--judge", tmp_path / "second.pth"]])
+    assert report["judge"] == "trained on data, seed 1, guided by the judge trained on data"
+    assert report["other_judge"]["judge"] == "trained on data, guided by the judge"
+    assert set(report["other_judge"]["difference"]) == {"test", "new_test"}
+    assert result_folder(tmp_path, f"{name}-judge_second".replace("ddim", "ddpm")).is_dir()
+    # Another judge in the first one's place lies beside it, too.
+    second = ["--scheduler", "ddim", "--num_inference_steps", 5, "--evaluator"]
+    report = test.main([str(a) for a in [*argv, *second, tmp_path / "second.pth"]])
+    assert report["judge"] == "trained on data, seed 1"
+    assert result_folder(tmp_path, "ddim5-guidance3-seeds0to1-evaluator_second").is_dir()
+
+    # More of what it likes: the likelihood of the conditions, by the judge that guides.
+    bench = test.open_bench(path, DataConfig(data_dir=data), "cpu")
+    likelihoods = []
+    for strength in (0, 20):
+        sampling = test.SamplingConfig(classifier_guidance_scale=strength)
+        images = test.draw_splits(bench, sampling, 0)["test"][0]
+        likelihoods.append(bench.judge.log_likelihood(images, bench.labels["test"]).mean())
+    assert likelihoods[1] > likelihoods[0]
+
+
+def test_prompt_draws_one_scene(trained, tmp_path):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
+    picture = test.main([str(a) for a in [*argv, "--prompt", "red sphere, cyan cube"]])
+    assert picture.name == "red-sphere_cyan-cube_seed0.png" and picture.exists()
+    more = ["--scheduler", "ddim", "--num_inference_steps", 5]
+    other = test.main([str(a) for a in [*argv, "--prompt", "red sphere, cyan cube", *more]])
+    assert other.name == picture.name and other != picture  # beside each other
+    assert "unknown object 'red ball'" in error_of(test.main, [*argv, "--prompt", "red ball"])
+
+
+def test_checkpoint_of_other_objects_is_refused(trained, tmp_path):
+    data, _, path = trained
+    checkpoint = load_checkpoint(path)
+    swapped = dict(checkpoint.objects) | {"gray cube": 1, "red cube": 0}
+    save_checkpoint(tmp_path / "c.pth", replace(checkpoint, objects=swapped))
+    message = error_of(test.main, ["--ckpt_path", tmp_path / "c.pth", "--data_dir", data])
+    assert "objects.json" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other format", "other network"])
+def test_damaged_checkpoints_are_refused(trained, tmp_path, damage):
+    data, _, path = trained
+    bad = tmp_path / "bad.pth"
+    if damage == "truncated":
+        bad.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "empty":
+        bad.touch()
+    elif damage == "other format":
+        torch.save({"model": {}}, bad)
+    else:
+        checkpoint = load_checkpoint(path)
+        save_checkpoint(bad, replace(checkpoint, config=TrainConfig()))
+    assert "bad.pth" in error_of(test.main, ["--ckpt_path", bad, "--data_dir", data])

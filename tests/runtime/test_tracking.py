@@ -1,0 +1,90 @@
+"""Weights & Biases: offline, out of reach, not installed, failing."""
+
+import sys
+
+import torch
+from conftest import error_of, train_argv
+
+import train
+from judging.evaluator import build_evaluator
+
+
+def test_wandb_offline_files_hold_the_run(world, tmp_path, monkeypatch):
+    """wandb's real offline mode: the run's file holds losses, previews and accuracy."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no login to be found
+    torch.save({"model": build_evaluator().state_dict()}, world / "evaluator.pth")
+    argv = train_argv(world, tmp_path / "out", "--epochs", 1, "--sample_interval", 1)
+    train.main([*argv, "--wandb", "auto"])
+    (run_dir,) = (tmp_path / "out" / "r" / "wandb").glob("offline-run-*")
+    (file,) = run_dir.glob("*.wandb")
+    content = file.read_bytes()
+    for key in (b"loss", b"lr", b"grad_norm", b"images_per_s", b"preview_accuracy"):
+        assert key in content
+    assert len(list((run_dir / "files" / "media" / "images").glob("preview_*.png"))) == 1
+
+
+def test_wandb_online_without_login_is_a_user_error(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = train_argv(world, tmp_path / "out", "--epochs", 1, "--wandb", "online")
+    assert "not logged in" in error_of(train.main, argv)
+
+
+def test_without_wandb_installed_a_run_logs_to_its_folder(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it was not there
+    argv = train_argv(world, tmp_path / "out", "--epochs", 1)
+    train.main([*argv, "--wandb", "auto"])
+    out, error = capsys.readouterr()
+    assert out.count("wandb: not installed; logging to files in") == 1 and "warning" not in error
+    assert (tmp_path / "out" / "r" / "metrics.jsonl").read_text().count("loss")
+    for mode in ("online", "offline"):
+        argv = train_argv(world, tmp_path / mode, "--epochs", 1)
+        assert "pip install wandb" in error_of(train.main, [*argv, "--wandb", mode])
+    capsys.readouterr()
+    train.main([*train_argv(world, tmp_path / "silent", "--epochs", 1), "--wandb", "disabled"])
+    assert "not installed" not in capsys.readouterr().out
+
+
+def test_wandb_out_of_reach_keeps_the_run_offline(tmp_path, monkeypatch, capsys):
+    """Logged in, but the service doesn't answer."""
+    import wandb
+
+    from runtime.tracking import Tracker
+
+    real, modes = wandb.init, []
+
+    def init(mode, **options):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no connection")
+        return real(mode=mode, **options)
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr(wandb, "init", init)
+    tracker = Tracker("auto", "p", "n", tmp_path, {})
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish()
+    assert modes == ["online", "offline"]
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert "wandb: offline" in capsys.readouterr().out
+
+
+def test_failing_tracker_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
+    from runtime.tracking import Tracker
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = Tracker("auto", "p", "n", tmp_path, {})
+    real_run = tracker.run
+
+    def broken(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(real_run, "log", broken)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.log({"loss": 1.0}, 2)
+    assert capsys.readouterr().err.count("warning: wandb stopped (No space left") == 1
+    real_run.finish()
