@@ -1,6 +1,7 @@
 """From noise to pictures: the one `sample`."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.guidance import Guide, classifier_guidance, guided_prediction
-from diffusion.schedule import check_steps, make_scheduler, unscale
+from diffusion.lift import lift, lift_evaluations
+from diffusion.schedule import check_steps, make_scheduler, scale, unscale
 from runtime import processes
 from runtime.device import autocast, autocast_dtype
+from runtime.seeds import derive_seed
 from runtime.settings import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
 
 
@@ -56,14 +59,18 @@ def draw_noise(generators: Sequence[torch.Generator], size: int) -> Tensor:
     return torch.cat([torch.randn(1, 3, size, size, generator=g) for g in generators])
 
 
-def evaluations(noise: SchedulerConfig, config: SamplingConfig) -> int:
-    """Evaluations of the network for one picture; a guided step takes two."""
+def evaluations(noise: SchedulerConfig, config: SamplingConfig, labels: Tensor) -> float:
+    """Evaluations of the network for one picture, the mean over conditions (N, K).
+
+    A guided step takes two; of several pictures that are drawn and weighed all count.
+    """
     scheduler = make_scheduler(noise, config.scheduler)
     scheduler.set_timesteps(check_steps(noise, config))
-    return sum(
+    drawing = sum(
         step_repeats(noise, config, t) * (1 if step_guidance(noise, config, t) in (0, 1) else 2)
         for t in scheduler.timesteps
     )
+    return drawing if config.best_of == 1 else config.best_of * (drawing + lift_evaluations(labels))
 
 
 @torch.no_grad()
@@ -143,6 +150,8 @@ def sample(
         pictures (N, 3, S, S) float32 in [-1, 1] on the CPU, and the kept x_t
         (num_intermediates, N, 3, S, S), clipped to [-1, 1] as well.
     """
+    if config.best_of > 1:
+        return best_of(model, noise, labels, seeds, config, num_intermediates, progress, guide)
     if config.classifier_guidance_scale and guide is None:
         raise ValueError("classifier_guidance_scale needs a guide")
     if len(labels) != len(seeds):
@@ -175,3 +184,33 @@ def sample(
     if not x_0.isfinite().all():
         raise UserError("the network gives NaN or infinite values: its training has diverged")
     return unscale(x_0, noise).clamp(-1, 1), unscale(kept_x_t, noise).clamp(-1, 1)
+
+
+def best_of(
+    model: nn.Module,
+    noise: SchedulerConfig,
+    labels: Tensor,
+    seeds: Sequence[int],
+    config: SamplingConfig,
+    *more: Any,
+) -> tuple[Tensor, Tensor]:
+    """Draw `config.best_of` pictures of every condition and keep the one with the highest `lift`.
+
+    The first of them is the picture that is drawn without a choice. Arguments and what is returned
+    are those of `sample`.
+    """
+    n = config.best_of
+    seeds = [s if k == 0 else derive_seed(s, 4, k) for s in seeds for k in range(n)]
+    repeated = labels.repeat_interleave(n, dim=0)
+    images, kept = sample(model, noise, repeated, seeds, replace(config, best_of=1), *more)
+    device, mine = next(model.parameters()).device, processes.shard(len(seeds))
+    lifts = [torch.empty(0)]  # of a process without a share
+    for start in range(mine.start, mine.stop, config.batch_size):
+        part = slice(start, min(start + config.batch_size, mine.stop))
+        generators = [torch.Generator().manual_seed(derive_seed(s, 5, 0)) for s in seeds[part]]
+        x_0 = scale(images[part].to(device), noise)
+        y = repeated[part].to(device)
+        lifts.append(lift(model, noise, x_0, y, generators, config.mixed_precision))
+    scores = processes.gather(torch.cat(lifts), len(seeds)).view(-1, n)
+    best = torch.arange(len(labels)) * n + scores.argmax(dim=1)
+    return images[best], kept[:, best]

@@ -12,6 +12,7 @@ def derive_seed(seed: int, purpose: int, number: int) -> int:
     """A 64-bit seed from three numbers.
 
     Purpose 0: test picture `number`, 1: training step, 2: picture for the Frechet distance,
-    3: the choice of conditions for it.
+    3: the choice of conditions for it, 4: further picture `number` of the picture with that seed,
+    5: the noise that it is weighed with.
     """
     return int(np.random.SeedSequence([seed, purpose, number]).generate_state(1, np.uint64)[0])

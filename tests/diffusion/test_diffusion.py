@@ -141,7 +141,7 @@ def test_sampling_equals_the_equations(name, steps, more):
     model, y = LinearModel(), labels_of(1, 9, 17)
     config = replace(FLOAT, scheduler=name, num_inference_steps=steps, **more)
     images, _ = sample(model, noise, y, [5, 6, 7], config, progress=False)
-    assert len(model.calls) * 2 == evaluations(noise, config)
+    assert len(model.calls) * 2 == evaluations(noise, config, y)
     model = model.double()
     for i in range(3):
         expected = by_hand(model, y[i : i + 1].double(), 5 + i, config, noise)
@@ -245,7 +245,7 @@ def test_guidance_interval_costs_half_outside():
         model, noise, y, [1], replace(config, guidance_interval=(0.3, 0.8)), progress=False
     )
     assert model.calls == [1] * 2 + [2] * 5 + [1] * 3
-    assert evaluations(noise, replace(config, guidance_interval=(0.3, 0.8))) == sum(model.calls)
+    assert evaluations(noise, replace(config, guidance_interval=(0.3, 0.8)), y) == sum(model.calls)
     assert not torch.equal(part, whole)
 
 
