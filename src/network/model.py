@@ -101,6 +101,33 @@ def zero_init(model: DiffusionModel) -> None:
     nn.init.normal_(second.weight, std=second.in_features**-0.5)
 
 
+@torch.no_grad()
+def widened(weights: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a network with narrower embeddings, for one with wider ones: it gives the same.
+
+    Old outputs take nothing from new inputs at first (zeros), new outputs start as they are in
+    `fresh` (Net2Net, Chen et al. 2016, in spirit). What grows is `time_embedding_dim`.
+
+    Args:
+        weights: state dict of the narrower network.
+        fresh: state dict of the wider one, as initialised.
+
+    Raises:
+        ValueError: other names, or a weight that is wider than in `fresh`.
+    """
+    if weights.keys() != fresh.keys():
+        raise ValueError("another network's weights")
+    result = {}
+    for name, new in fresh.items():
+        old, new = weights[name], new.clone()
+        if old.ndim != new.ndim or any(a > b for a, b in zip(old.shape, new.shape, strict=True)):
+            raise ValueError(f"{name}: {tuple(old.shape)} does not fit into {tuple(new.shape)}")
+        new[: len(old)] = 0
+        new[tuple(slice(side) for side in old.shape)] = old
+        result[name] = new
+    return result
+
+
 def _zero(layer: nn.Module) -> None:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -12,7 +12,7 @@ from torch import nn
 
 from network.blocks import ResBlock2D
 from network.layers import GroupNorm, SelfAttention2D, Upsample2D
-from network.model import DiffusionModel, stages, zero_init
+from network.model import DiffusionModel, stages, widened, zero_init
 from network.unet import UNet2DModel
 from runtime.settings import ModelConfig, UserError
 
@@ -242,3 +242,22 @@ def test_patches_are_positions_of_more_channels():
     assert torch.equal(model.unet.seen[0, 16:32, 1, 2].view(4, 4), x[0, 1, 4:8, 8:12])
     with pytest.raises(UserError, match="--patch_size 3: does not divide --image_size 16"):
         DiffusionModel(replace(config, patch_size=3))
+
+
+def test_wider_embeddings_start_with_the_same_function():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        image_size=16, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    narrow, wide = DiffusionModel(config), DiffusionModel(replace(config, time_embedding_dim=100))
+    fresh = {name: value.clone() for name, value in wide.state_dict().items()}
+    wide.load_state_dict(widened(narrow.state_dict(), fresh))
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 200]), torch.eye(24)[:2]
+    torch.testing.assert_close(wide(x, t, y), narrow(x, t, y))
+    wide(x, t, y).square().sum().backward()
+    assert wide.unet.mid_block.resnets[0].time_emb_proj.weight.grad[:, 64:].abs().max() > 0
+    assert torch.equal(wide.class_embedding[0].weight[64:], fresh["class_embedding.0.weight"][64:])
+    with pytest.raises(ValueError, match="does not fit"):
+        widened(fresh, narrow.state_dict())
