@@ -5,13 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from runtime.files import (
-    atomic_write,
-)
+from runtime.files import atomic_write
 from runtime.settings import UserError
 
 
-class Metrics:
+class History:
     """metrics.jsonl: a line of JSON for each record, {"step": ...}."""
 
     def __init__(self, path: Path):
@@ -39,9 +37,15 @@ class Metrics:
             with atomic_write(self.path) as temporary:
                 temporary.write_text(kept, encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
+        """Add a line with the numbers and the text among `values`.
+
+        Raises:
+            UserError: the file can't be written.
+        """
+        kept = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({"step": step, "epoch": epoch} | kept) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
