@@ -1,7 +1,8 @@
 """metrics.jsonl: what happened at which step of a run."""
 
+import contextlib
 import json
-import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,12 @@ class History:
     def __init__(self, path: Path):
         self.path = path
 
-    def lines(self) -> list[tuple[float, str]]:
-        """Each line with its step, which is infinite where a kill or a full disk cut it short."""
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Each line with its step, but for those that a kill or a full disk has cut short."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        found = []
         for line in text.splitlines():
-            try:
-                found.append((json.loads(line)["step"], line))
-            except (ValueError, TypeError, KeyError):
-                found.append((math.inf, line))
-        return found
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                yield json.loads(line)["step"], line
 
     def has_preview(self, step: int) -> bool:
         """Whether there is a preview of the network after this step."""

@@ -26,13 +26,13 @@ def auto(output: Path) -> list[str]:
     return ["--output_dir", str(output), "--run_name", "r", "--resume", "auto"]
 
 
-def stopped(main, argv, step: int) -> None:
-    """Train until this step is done, then get SIGTERM."""
+def stopped(main, argv, after: int) -> None:
+    """Train until so many steps are done, then get SIGTERM."""
     real = trainer.train_step
 
     def train_step(state, *args):
         result = real(state, *args)
-        if state.step == step:
+        if state.step == after:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 

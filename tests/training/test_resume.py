@@ -44,7 +44,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     whole = load_checkpoint(train.main(train_argv(world, tmp_path / "a", *flags)))
     # Stopped in the middle of the second epoch: 5 of 12 steps, with the same schedule to the end.
     parts = train_argv(world, tmp_path / "b", *flags)
-    stopped(train.main, parts, step=5)
+    stopped(train.main, parts, after=5)
     assert load_checkpoint(latest_checkpoint(tmp_path / "b" / "r")).step == 5
     # What was logged after the checkpoint is gone from the metrics after resuming.
     with open(tmp_path / "b" / "r" / "metrics.jsonl", "a") as file:

@@ -70,7 +70,7 @@ def test_many_nan_in_a_row_stop_with_the_last_good_checkpoint(world, tmp_path):
 def test_the_count_of_skipped_steps_goes_on_when_resumed(world, tmp_path, monkeypatch):
     poison(monkeypatch, range(4, 10**6))
     argv = train_argv(world, tmp_path, "--epochs", 9, "--max_skipped_steps", 4)
-    stopped(train.main, argv, step=6)
+    stopped(train.main, argv, after=6)
     assert "the last 4 steps before step 8 had NaN" in error_of(train.main, auto(tmp_path))
 
 
