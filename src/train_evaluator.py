@@ -173,6 +173,7 @@ def calibrate_and_test(
 
 
 def main(argv: list[str] | None = None) -> dict:
+    """Train the judge; returns what its file says of it."""
     config = parse_args(EvaluatorConfig, argv)
     paths = find_data(config.data)
     out = config.out or paths.data_dir / "evaluator.pth"

@@ -213,7 +213,8 @@ class Trainer:
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.log({name: value for name, value in values.items() if math.isfinite(value)})
         self.shown |= {"loss": f"{loss:.4f}", "lr": f"{lr:.1e}", "img/s": f"{images_per_s:.0f}"}
-        self.shown |= {"skipped": str(skipped)} if skipped else {}
+        if skipped:
+            self.shown["skipped"] = str(skipped)
         self.bar.set_postfix(self.shown)
         self.state.losses = []
         self.restart_clock()
