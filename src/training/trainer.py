@@ -30,18 +30,15 @@ from training.stop_signal import Stopped, StopSignal
 
 
 class Trainer:
-    """A training from its first step, or a checkpoint, to its last: steps, files, previews.
+    """The loop over steps, with its log, checkpoints and previews.
 
     Of several processes all call the same methods in the same order, as these exchange data; the
     first one writes.
 
     Args:
-        config: all settings.
         loader: batches of x_0 (n, 3, H, W) in [-1, 1] and labels (n, K), n being this process's
             share.
         objects: name -> index in the labels.
-        preview: draws the test conditions.
-        device: where the network trains.
         teacher: whose features the network's are aligned to.
     """
 
