@@ -17,41 +17,100 @@ from pathlib import Path
 import torch
 
 from diffusion.schedule import check_steps
-from iclevr.dataset import (
-    find_data,
-    get_dataloader,
-    read_conditions,
-    read_objects,
-)
+from iclevr.dataset import DataPaths, find_data, get_dataloader, read_conditions, read_objects
 from judging.evaluator import Evaluator, load_evaluator
-from network.checkpoint import (
-    load_weights,
-)
 from network.model import DiffusionModel, summary
 from runtime import processes
 from runtime.device import pick_device
-from runtime.files import (
-    check_folder,
-    make_folder,
-)
+from runtime.files import check_folder, make_folder
 from runtime.settings import TrainConfig, UserError, run
 from training.preview import Preview, preview_sampling
-from training.resume import Source, latest_checkpoint, read_config
-from training.step import TrainState
-from training.trainer import NothingLeft, Trainer, own_folder
+from training.resume import read_config
+from training.run_folder import latest_checkpoint, own_folder
+from training.trainer import Trainer
 
 
-def start_from(state: TrainState, source: Source, objects: dict[str, int]) -> None:
-    """Take over the averaged weights of --init_from; everything else starts afresh.
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    """Train; returns the path of the last checkpoint."""
+    config, source = read_config(argv)
+    if config.dry_run:
+        print(summary(config.model))
+        return None
+    run_dir, latest = config.run_dir, latest_checkpoint(config.run_dir)
+    device = pick_device(config.device)
+
+    # All that is quick to find out comes first, then the pictures.
+    paths = find_data(config.data)
+    objects = read_objects(paths.data_dir)
+    check_settings(config, paths, objects, device)
+    judge, teacher = load_evaluators(config, paths, objects, device)
+    read_conditions(paths.data_dir, "test", objects)  # of the previews
+    check_folder(run_dir)
+    loader = get_dataloader(
+        paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
+        config.model.image_size, config.seed, config.horizontal_flip,
+        cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    check_shares(config, loader.batch_sampler.batch_size)  # smaller, where pictures are few
+
+    preview = Preview(config, paths, objects, judge)
+    trainer = Trainer(config, loader, objects, preview, device, teacher)
+    if config.resume:
+        trainer.resume(source)
+    elif source:
+        trainer.start_from(source)
+    del source  # memory is the training's
+    if trainer.done and not trainer.preview_owed:
+        limited = trainer.total_steps == config.max_train_steps
+        flag = "--max_train_steps" if limited else "--epochs"
+        message = f"{trainer.saved}: all {trainer.state.step} steps are done; raise {flag} to go on"
+        if config.resume != "auto":
+            raise UserError(message)
+        print(message)  # no mistake: a job that is submitted once more finds its work done
+        return trainer.saved
+    if config.compile:
+        trainer.state.model.compile()  # in place: names of weights stay as they are
+
+    make_folder(run_dir)
+    with own_folder(run_dir, latest):
+        print(f"data: {len(loader.dataset)} pictures, {paths.image_dir}")
+        of_judge = f"{judge.name}, {judge.path}" if judge else "none, previews get no accuracy"
+        print(f"judge: {of_judge}")
+        print(
+            f"run: {run_dir}, {device}, {trainer.dtype or torch.float32}, "
+            f"step {trainer.state.step} of {trainer.total_steps}"
+        )
+        if processes.world_size() > 1:
+            share = f"its share of {trainer.batch_size} pictures"
+            print(f"processes: {processes.world_size()}, each with {share}")
+        saved = trainer.train()
+    print(f"saved {saved}\nnext: python src/test.py --ckpt_path {shlex.quote(str(saved))}")
+    return saved
+
+
+def check_settings(
+    config: TrainConfig, paths: DataPaths, objects: dict[str, int], device: torch.device
+) -> None:
+    """Settings fit each other, the data's objects and this machine.
 
     Raises:
-        UserError: it was trained for other objects.
+        UserError: they don't; names the flag.
     """
-    path, checkpoint = source
-    if checkpoint.objects != objects:
-        raise UserError(f"--init_from {path}: was trained for other objects, or another order")
-    for model in filter(None, (state.model, state.ema)):
-        load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
+    check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
+    with torch.device("meta"):
+        DiffusionModel(config.model)  # settings that don't fit together end here
+    if len(objects) != config.model.num_classes:
+        raise UserError(
+            f"{paths.data_dir / 'objects.json'}: {len(objects)} objects, but --num_classes "
+            f"{config.model.num_classes}; set --num_classes {len(objects)}"
+        )
+    check_shares(config, config.batch_size)
+    if config.compile:
+        try:
+            torch.compile(torch.square)(torch.ones(2, device=device))
+        except Exception as error:  # of whichever compiler, each has its own
+            why = " ".join(str(error).split())[:160]
+            raise UserError(f"--compile: torch.compile fails here ({why}); leave it out") from None
 
 
 def check_shares(config: TrainConfig, batch_size: int) -> None:
@@ -68,111 +127,28 @@ def check_shares(config: TrainConfig, batch_size: int) -> None:
         )
 
 
-def check_compiler(device: torch.device) -> None:
-    """Try torch.compile on something small.
+def load_evaluators(
+    config: TrainConfig, paths: DataPaths, objects: dict[str, int], device: torch.device
+) -> tuple[Evaluator | None, Evaluator | None]:
+    """The judge of the previews, if there is one, and the classifier of --align_to.
 
     Raises:
-        UserError: it can't work here, for lack of a compiler.
+        UserError: as `load_evaluator`; a flag needs a judge; or both are the same, and the judge
+            must not know its pupil.
     """
-    try:
-        torch.compile(torch.square)(torch.ones(2, device=device))
-    except Exception as error:  # of whichever compiler, each has its own
-        why = " ".join(str(error).split())[:160]
-        raise UserError(f"--compile: torch.compile fails here ({why}); leave it out") from None
-
-
-def load_teacher(
-    path: Path, judge: Evaluator | None, objects: dict[str, int], device: torch.device
-) -> Evaluator:
-    """The classifier of --align_to.
-
-    Raises:
-        UserError: as `load_evaluator`; or it is the judge, which must not know its pupil.
-    """
-    teacher = load_evaluator(path, objects, device)
+    judge = load_evaluator(paths.evaluator, objects, device) if paths.evaluator else None
+    if judge is None and (config.keep_best or config.preview.preview_fd_samples):
+        flag = "--keep_best" if config.keep_best else "--preview_fd_samples"
+        raise UserError(f"{flag}: needs a judge; name one with --evaluator")
+    if config.align_to is None:
+        return judge, None
+    teacher = load_evaluator(config.align_to, objects, device)
     if judge and judge.blob == teacher.blob:
         raise UserError(
-            f"--align_to {path}: is the judge itself; train another classifier with "
+            f"--align_to {config.align_to}: is the judge itself; train another classifier with "
             f"python src/train_evaluator.py --seed 1 --out FILE"
         )
-    return teacher
-
-
-def main(argv: Sequence[str] | None = None) -> Path | None:
-    """Train; returns the path of the last checkpoint."""
-    config, source = read_config(argv)
-    if config.dry_run:
-        print(summary(config.model))
-        return None
-    run_dir, latest = config.run_dir, latest_checkpoint(config.run_dir)
-    device = pick_device(config.device)
-    # All that is quick to find out comes first, then the pictures.
-    paths = find_data(config.data)
-    check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
-    with torch.device("meta"):
-        DiffusionModel(config.model)  # settings that don't fit together end here
-    objects = read_objects(paths.data_dir)
-    if len(objects) != config.model.num_classes:
-        raise UserError(
-            f"{paths.data_dir / 'objects.json'}: {len(objects)} objects, but --num_classes "
-            f"{config.model.num_classes}; set --num_classes {len(objects)}"
-        )
-    judge = load_evaluator(paths.evaluator, objects, device) if paths.evaluator else None
-    teacher = load_teacher(config.align_to, judge, objects, device) if config.align_to else None
-    for flag, wanted in (
-        ("--keep_best", config.keep_best),
-        ("--preview_fd_samples", config.preview.preview_fd_samples),
-    ):
-        if wanted and judge is None:
-            raise UserError(f"{flag}: needs a judge; name one with --evaluator")
-    if config.compile:
-        check_compiler(device)
-    check_shares(config, config.batch_size)
-    read_conditions(paths.data_dir, "test", objects)  # of the previews
-    check_folder(run_dir)
-    loader = get_dataloader(
-        paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
-        config.model.image_size, config.seed, config.horizontal_flip,
-        cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    check_shares(config, loader.batch_sampler.batch_size)  # smaller, where pictures are few
-    preview = Preview(config, paths, objects, judge)
-    trainer = Trainer(config, loader, objects, preview, device, teacher)
-    state = trainer.state
-    if config.resume:
-        try:
-            trainer.resume(source)
-        except NothingLeft as message:
-            if config.resume != "auto":
-                raise
-            print(message)  # no mistake: a job that is submitted once more finds its work done
-            return source.path
-    elif source:
-        start_from(state, source, objects)
-        print(f"start: weights of {source.path}, recipe {config.recipe} for the training")
-    del source  # memory is the training's
-    if config.compile:
-        state.model.compile()  # in place: names of weights stay as they are
-
-    make_folder(run_dir)
-    with own_folder(run_dir, latest):
-        print(f"data: {len(loader.dataset)} pictures, {paths.image_dir}")
-        if judge:
-            print(f"judge: {judge.name}, {judge.path}")
-        else:
-            print("judge: none, previews get no accuracy")
-        print(
-            f"run: {run_dir}, {device}, {trainer.dtype or torch.float32}, "
-            f"step {state.step} of {trainer.total_steps}"
-        )
-        if processes.world_size() > 1:
-            print(
-                f"processes: {processes.world_size()}, each with its share of "
-                f"{trainer.batch_size} pictures"
-            )
-        saved = trainer.train()
-    print(f"saved {saved}\nnext: python src/test.py --ckpt_path {shlex.quote(str(saved))}")
-    return saved
+    return judge, teacher
 
 
 if __name__ == "__main__":

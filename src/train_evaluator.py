@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from iclevr.dataset import IclevrDataset, find_data, normalize, to_uint8
 from judging.evaluator import IMAGE_SIZE, Evaluator, build_evaluator, calibrate, evaluate
-from judging.intervals import proportion_interval
+from judging.intervals import Interval, proportion_interval
 from network.checkpoint import save_tensors
 from runtime.device import autocast, autocast_dtype, pick_device
 from runtime.files import make_folder
@@ -118,31 +118,12 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
     return x
 
 
-def main(argv: list[str] | None = None) -> dict:
-    config = parse_args(EvaluatorConfig, argv)
-    paths = find_data(config.data)
-    out = config.out or paths.data_dir / "evaluator.pth"
-    if out.exists() and not config.overwrite:
-        raise UserError(f"{out}: is there already; --overwrite replaces it, --out names another")
-    rendered = (paths.data_dir / "render.json").exists()
-    name = config.name or ("stand-in" if rendered else f"trained on {paths.data_dir.name}")
-    if config.name is None and config.seed:
-        name += f", seed {config.seed}"
-    device = pick_device(config.device)
-    dtype = autocast_dtype(config.mixed_precision, device)
-    dataset = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir)
-    train, held_out = split_by_sequence(dataset.names, config.held_out)
-    if not train:
-        raise UserError(
-            f"--held_out {config.held_out:g}: leaves no sequence of "
-            f"{paths.data_dir / 'train.json'} to train on"
-        )
-    make_folder(out.parent, "--out")
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; name a file with --out")
+def fit(
+    config: EvaluatorConfig, dataset: IclevrDataset, train: list[int], device: torch.device
+) -> nn.Module:
+    """A ResNet18 trained on the pictures `train` of the data set."""
     images = torch.from_numpy(dataset.images[train]).to(device)  # (N, 3, 64, 64) uint8
     labels = dataset.labels[train].to(device)
-
     torch.manual_seed(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
     model = build_evaluator(labels.shape[1]).to(device, memory_format=torch.channels_last)
@@ -151,6 +132,7 @@ def main(argv: list[str] | None = None) -> dict:
     steps = config.epochs * (len(train) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=0.15)
+    dtype = autocast_dtype(config.mixed_precision, device)
 
     with tqdm(total=steps, desc="train evaluator", unit="step") as bar:
         for _ in range(config.epochs):
@@ -167,39 +149,74 @@ def main(argv: list[str] | None = None) -> dict:
                 bar.update()
                 if bar.n % 20 == 0:
                     bar.set_postfix(loss=f"{loss.item():.4f}")
-
     model.fc[1] = sigmoid
-    # Half precision halves the file; the figures below are those of the rounded weights.
-    weights = {
-        key: value.cpu().half() if value.ndim > 1 else value.cpu()
-        for key, value in model.state_dict().items()
-    }
-    model.load_state_dict(weights)
-    judge = Evaluator(model.eval().requires_grad_(False), name, out, dataset.objects)
-    held_out = np.array(held_out)
+    return model.eval().requires_grad_(False)
+
+
+def calibrate_and_test(
+    judge: Evaluator, dataset: IclevrDataset, held_out: list[int]
+) -> tuple[Evaluator, Interval, Interval, int]:
+    """Set the threshold on one half of the held-out pictures, take the figures from the other.
+
+    Returns:
+        the judge with its threshold, accuracy, exact sets, and of how many pictures these are.
+    """
     first, second = split_by_sequence([dataset.names[i] for i in held_out], 0.5)
-    calibration, tested = held_out[first or second], held_out[second]
+    calibration, tested = (np.array(held_out)[half] for half in (first or second, second))
     scores = judge.scores(normalize(torch.from_numpy(dataset.images[calibration])))
     judge = replace(judge, threshold=calibrate(scores, dataset.labels[calibration]))
     images = normalize(torch.from_numpy(dataset.images[tested]))
     result = evaluate(judge, images, dataset.labels[tested])
     accuracy = proportion_interval(int(result.correct.sum()), int(result.total.sum()))
     exact = proportion_interval(int(result.exact.sum()), len(tested))
+    return judge, accuracy, exact, len(tested)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train the judge; returns what its file says of it."""
+    config = parse_args(EvaluatorConfig, argv)
+    paths = find_data(config.data)
+    out = config.out or paths.data_dir / "evaluator.pth"
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a file with --out")
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{out}: is there already; --overwrite replaces it, --out names another")
+    rendered = (paths.data_dir / "render.json").exists()
+    name = config.name or ("stand-in" if rendered else f"trained on {paths.data_dir.name}")
+    if config.name is None and config.seed:
+        name += f", seed {config.seed}"
+    device = pick_device(config.device)
+    dataset = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir)
+    train, held_out = split_by_sequence(dataset.names, config.held_out)
+    if not train:
+        raise UserError(
+            f"--held_out {config.held_out:g}: leaves no sequence of "
+            f"{paths.data_dir / 'train.json'} to train on"
+        )
+    make_folder(out.parent, "--out")
+
+    model = fit(config, dataset, train, device)
+    # Half precision halves the file; the figures below are those of the rounded weights.
+    weights = {
+        key: value.cpu().half() if value.ndim > 1 else value.cpu()
+        for key, value in model.state_dict().items()
+    }
+    model.load_state_dict(weights)
+    judge = Evaluator(model, name, out, dataset.objects)
+    judge, accuracy, exact, tested = calibrate_and_test(judge, dataset, held_out)
+    settings = ("epochs", "batch_size", "lr", "weight_decay", "held_out", "seed")
     info = {
         "train_pictures": len(train),
-        "held_out_pictures": len(tested),
+        "held_out_pictures": tested,
         "held_out_accuracy": vars(accuracy),
         "held_out_exact_sets": vars(exact),
-        "settings": {
-            key: getattr(config, key)
-            for key in ("epochs", "batch_size", "lr", "weight_decay", "held_out", "seed")
-        },
+        "settings": {key: getattr(config, key) for key in settings},
     }
     content = {"model": weights, "name": name, "objects": dataset.objects}
     save_tensors(out, content | {"threshold": judge.threshold, "info": info})
     print(
         f"{out}: judge {name}, threshold {judge.threshold:.3f}\n"
-        f"on {len(tested)} held-out pictures: accuracy {accuracy}, exact sets {exact}"
+        f"on {tested} held-out pictures: accuracy {accuracy}, exact sets {exact}"
     )
     return info
 

@@ -95,10 +95,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     """
     remedy = "name a file of src/train.py, output/<run>/checkpoints/model_epoch_N.pth"
     content = read_tensors(path, remedy, device)
-    if "format" not in content:
-        raise UserError(f"{path}: not a checkpoint of src/train.py; {remedy}")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path}: format {content['format']!r}, expected {FORMAT!r}; {remedy}")
+    if (found := content.get("format")) != FORMAT:
+        raise UserError(f"{path}: format {found!r}, expected {FORMAT!r}; {remedy}")
     names = {field.name for field in fields(Checkpoint)}
     if missing := names - content.keys():
         raise UserError(f"{path}: has no {', '.join(sorted(missing))}; {remedy}")

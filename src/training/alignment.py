@@ -18,9 +18,8 @@ from runtime.settings import ModelConfig, UserError
 
 HIDDEN = 256
 """Channels inside a head."""
-LAYERS = {"layer1": (16, 64), "layer2": (8, 128), "layer3": (4, 256)}
+LAYERS = {"layer2": (8, 128), "layer3": (4, 256)}
 """Stage of the ResNet18 -> side and channels of its features of a 64x64 picture."""
-ALIGNED = ("layer2", "layer3")
 
 
 class Alignment(nn.Module):
@@ -37,7 +36,7 @@ class Alignment(nn.Module):
     def __init__(self, teacher: Evaluator, config: ModelConfig):
         super().__init__()
         channels = feature_channels(config)
-        layers = {name: LAYERS[name] for name in ALIGNED if LAYERS[name][0] in channels}
+        layers = {name: layer for name, layer in LAYERS.items() if layer[0] in channels}
         if not layers:
             raise UserError(
                 f"--align_to {teacher.path}: the network has no features of 8x8 or 4x4 positions, "
@@ -85,8 +84,8 @@ class Alignment(nn.Module):
             if name in self.heads:
                 found[name] = x
             if len(found) == len(self.heads):
-                return found
-        raise AssertionError("the teacher is no ResNet18")
+                break
+        return found
 
     def share_gradients(self) -> None:
         """Every process's heads get the mean of all processes' gradients."""

@@ -1,32 +1,27 @@
 """metrics.jsonl: what happened at which step of a run."""
 
+import contextlib
 import json
-import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.files import (
-    atomic_write,
-)
+from runtime.files import atomic_write
 from runtime.settings import UserError
 
 
-class Metrics:
+class History:
     """metrics.jsonl: a line of JSON for each record, {"step": ...}."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def lines(self) -> list[tuple[float, str]]:
-        """Each line with its step, which is infinite where a kill or a full disk cut it short."""
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Each line with its step, but for those that a kill or a full disk has cut short."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        found = []
         for line in text.splitlines():
-            try:
-                found.append((json.loads(line)["step"], line))
-            except (ValueError, TypeError, KeyError):
-                found.append((math.inf, line))
-        return found
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                yield json.loads(line)["step"], line
 
     def has_preview(self, step: int) -> bool:
         """Whether there is a preview of the network after this step."""
@@ -39,9 +34,15 @@ class Metrics:
             with atomic_write(self.path) as temporary:
                 temporary.write_text(kept, encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
+        """Add a line with the numbers and the text among `values`.
+
+        Raises:
+            UserError: the file can't be written.
+        """
+        kept = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({"step": step, "epoch": epoch} | kept) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: can't be written: {error.strerror}") from None

@@ -53,10 +53,9 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         weight_decay: float,
-        momentum: float = 0.95,
     ):
         groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "momentum": momentum}
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "momentum": 0.95}
         super().__init__(groups, defaults)
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -110,22 +109,14 @@ class Muon(torch.optim.Optimizer):
                     "exp_avg_sq": torch.zeros_like(weight),
                 }
         states = [self.state[weight] for weight in weights]
+        moments = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        beta1, beta2 = group["betas"]
         adamw(
-            weights,
-            [weight.grad for weight in weights],
-            *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            found_inf=found_inf,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=1e-8,
-            maximize=False,
-        )
+            weights, [weight.grad for weight in weights], *moments, [],
+            [state["step"] for state in states], fused=True, found_inf=found_inf, amsgrad=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=1e-8, maximize=False,
+        )  # fmt: skip
 
 
 def channels_last_view(weight: Tensor) -> Tensor:

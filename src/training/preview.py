@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from diffusion.sampling import sample
 from iclevr.dataset import DataPaths, read_conditions
 from judging.evaluator import Evaluator, evaluate
@@ -35,12 +37,9 @@ class Preview:
     def __init__(
         self, config: TrainConfig, paths: DataPaths, objects: dict, judge: Evaluator | None
     ):
+        self.config, self.judge = config, judge
         _, self.labels = read_conditions(paths.data_dir, "test", objects)
-        self.seeds = picture_seeds(config.seed, len(self.labels))
-        self.noise = config.noise
-        self.sampling = preview_sampling(config)
-        self.judge = judge
-        self.seed, self.fd_samples = config.seed, config.preview.preview_fd_samples
+        self.fd_samples = config.preview.preview_fd_samples
         if self.fd_samples:
             self.reference = load_reference(paths, judge)
             if processes.is_main():
@@ -48,23 +47,27 @@ class Preview:
 
     def __call__(self, model: DiffusionModel, path: Path) -> dict[str, Any]:
         """Draw with all processes; the first writes the grid and returns what to log."""
-        images, _ = sample(model, self.noise, self.labels, self.seeds, self.sampling)
-        many = None
+        images = self.draw(model, self.labels)
         if self.fd_samples:
-            labels = draw_conditions(self.reference, self.fd_samples, self.seed)
-            seeds = picture_seeds(self.seed, self.fd_samples, purpose=2)
-            many, _ = sample(model, self.noise, labels, seeds, self.sampling)
-        picture = grid(images)
+            labels = draw_conditions(self.reference, self.fd_samples, self.config.seed)
+            many = self.draw(model, labels, purpose=2)
         if not processes.is_main():
             return {}
+        picture = grid(images)
         save_image(picture, path)
         values: dict[str, Any] = {"preview": picture}
         if self.judge is not None:
             values["judge"] = self.judge.name
             figures = summarise([record(evaluate(self.judge, images, self.labels))])
             values |= {f"preview_{name}": interval.mean for name, interval in figures.items()}
-        if many is not None:
-            values["preview_frechet_distance"] = frechet_distance(
-                self.reference.features, self.judge.features(many)
-            )
+        if self.fd_samples:
+            distance = frechet_distance(self.reference.features, self.judge.features(many))
+            values["preview_frechet_distance"] = distance
         return values
+
+    def draw(self, model: DiffusionModel, labels: Tensor, purpose: int = 0) -> Tensor:
+        """Pictures (N, 3, H, W) in [-1, 1] of conditions (N, K), by all processes together."""
+        config = self.config
+        seeds = picture_seeds(config.seed, len(labels), purpose)
+        images, _ = sample(model, config.noise, labels, seeds, preview_sampling(config))
+        return images

@@ -15,10 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffusion.loss import draw_timesteps, drop_labels, training_loss
 from diffusion.schedule import scale
 from judging.evaluator import Evaluator
-from network.checkpoint import (
-    Checkpoint,
-    load_weights,
-)
+from network.checkpoint import Checkpoint, load_weights
 from network.model import DiffusionModel, zero_init
 from runtime import processes
 from runtime.device import autocast, autocast_dtype
@@ -47,6 +44,7 @@ class TrainState:
     """(), this process's part of each step's loss, since the last line of metrics.jsonl."""
 
     def training_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps for `load`, beside weights, step and losses."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -64,15 +62,15 @@ class TrainState:
         load_weights(self.model, checkpoint.model, path, "its settings")
         if self.ema is not None:
             load_weights(self.ema, checkpoint.ema, path, "its settings")
+        stored = checkpoint.training
         try:
-            self.optimizer.load_state_dict(checkpoint.training["optimizer"])
-            self.lr_scheduler.load_state_dict(checkpoint.training["lr_scheduler"])
-            self.scaler.load_state_dict(checkpoint.training["scaler"])
+            self.optimizer.load_state_dict(stored["optimizer"])
+            self.lr_scheduler.load_state_dict(stored["lr_scheduler"])
+            self.scaler.load_state_dict(stored["scaler"])
             if self.alignment is not None:
-                self.alignment.load_state_dict(checkpoint.training["alignment"])
-            self.skipped.copy_(checkpoint.training.get("skipped", self.skipped))
-            self.losses = [loss.to(self.skipped.device)
-                           for loss in checkpoint.training.get("losses", [])]  # fmt: skip
+                self.alignment.load_state_dict(stored["alignment"])
+            self.skipped.copy_(stored["skipped"])
+            self.losses = [loss.to(self.skipped.device) for loss in stored["losses"]]
         except Exception as error:  # whatever the loaders make of a stranger's content
             why = " ".join(str(error).split())[:100]
             raise UserError(
@@ -171,13 +169,16 @@ def train_step(
     parts = config.gradient_accumulation_steps
     for number in range(parts):
         part = slice(len(x_0) * number // parts, len(x_0) * (number + 1) // parts)
-        last = number == parts - 1  # processes exchange their gradients only then
-        with contextlib.nullcontext() if last else no_sync(state.parallel):
-            features = {} if state.alignment else None
+        # Processes exchange their gradients with the last part only.
+        exchange = number == parts - 1 or state.parallel is state.model
+        with contextlib.nullcontext() if exchange else state.parallel.no_sync():
+            model, features = state.parallel, {}
+            if state.alignment:
+                model = functools.partial(model, features=features)
             with autocast(device, dtype):
                 losses = training_loss(
-                    functools.partial(state.parallel, features=features), scheduler, x_0[part],
-                    labels[part], t[part], eps[part], config.min_snr_gamma,
+                    model, scheduler, x_0[part], labels[part], t[part], eps[part],
+                    config.min_snr_gamma,
                 )  # fmt: skip
                 total += losses.detach().sum() / count
                 if state.alignment:
@@ -186,10 +187,18 @@ def train_step(
             state.scaler.scale(losses.sum() / count * processes.world_size()).backward()
     if state.alignment:
         state.alignment.share_gradients()
+    return total, update_weights(state, config)
 
+
+def update_weights(state: TrainState, config: TrainConfig) -> Tensor:
+    """Move the weights and their average by the gradients; returns the gradients' norm.
+
+    NaN or infinite gradients change no weight; everything stays on the device, so that nothing
+    waits for it.
+    """
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
-    bad = ~grad_norm.isfinite()  # stays on the device: nothing waits for it
+    bad = ~grad_norm.isfinite()
     if not state.scaler.is_enabled():
         # As GradScaler does for float16: the fused optimiser then leaves everything as it is.
         state.optimizer.found_inf = bad.float()
@@ -201,11 +210,4 @@ def train_step(
         decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
         update_ema(state.ema, state.model, decay)
     state.step += 1
-    return total, grad_norm
-
-
-def no_sync(parallel: nn.Module) -> contextlib.AbstractContextManager:
-    """Keep gradients in their process for now; nothing for a single process."""
-    if isinstance(parallel, DistributedDataParallel):
-        return parallel.no_sync()
-    return contextlib.nullcontext()
+    return grad_norm

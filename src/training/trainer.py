@@ -1,11 +1,9 @@
 """A training from its first step, or a checkpoint, to its last."""
 
-import contextlib
 import hashlib
 import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,49 +14,31 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffusion.schedule import make_scheduler
-from iclevr.dataset import (
-    IclevrDataset,
-)
+from iclevr.dataset import IclevrDataset
 from judging.evaluator import Evaluator
-from network.checkpoint import (
-    Checkpoint,
-    DamagedFileError,
-    load_checkpoint,
-    save_checkpoint,
-)
+from network.checkpoint import Checkpoint, load_weights, save_checkpoint
 from runtime import processes
 from runtime.device import autocast_dtype
-from runtime.files import (
-    lock_folder,
-    remove_left_overs,
-    write_json,
-)
+from runtime.files import write_json
 from runtime.settings import TrainConfig, UserError, to_dict
 from runtime.tracking import Tracker
-from training.history import Metrics
+from training.history import History
 from training.preview import Preview
-from training.resume import Source, checkpoints, latest_checkpoint
+from training.run_folder import Source, best_accuracy, best_path, checkpoint_path, delete_older
 from training.step import build_state, train_step
 from training.stop_signal import Stopped, StopSignal
 
 
-class NothingLeft(UserError):
-    """A run that is to go on has taken all its steps."""
-
-
 class Trainer:
-    """A training from its first step, or a checkpoint, to its last: steps, files, previews.
+    """The loop over steps, with its log, checkpoints and previews.
 
     Of several processes all call the same methods in the same order, as these exchange data; the
     first one writes.
 
     Args:
-        config: all settings.
         loader: batches of x_0 (n, 3, H, W) in [-1, 1] and labels (n, K), n being this process's
             share.
         objects: name -> index in the labels.
-        preview: draws the test conditions.
-        device: where the network trains.
         teacher: whose features the network's are aligned to.
     """
 
@@ -74,7 +54,7 @@ class Trainer:
         self.config, self.loader, self.objects, self.preview = config, loader, objects, preview
         self.device, self.dtype = device, autocast_dtype(config.mixed_precision, device)
         self.run_dir = config.run_dir
-        self.metrics = Metrics(self.run_dir / "metrics.jsonl")
+        self.history = History(self.run_dir / "metrics.jsonl")
         self.data_key = data_key(loader.dataset)
         self.steps_per_epoch = len(loader)
         self.batch_size = loader.batch_sampler.batch_size
@@ -85,18 +65,15 @@ class Trainer:
         self.state = build_state(config, self.total_steps, device, teacher)
         self.saved: Path | None = None
         """The last checkpoint."""
-        self.saved_step = 0
-        self.save_due = False
-        self.stop = StopSignal()
-        self.preview_owed = False
-        """A preview is due and has not been drawn."""
+        self.saved_step = self.previewed_step = 0
+        """Steps done before the last checkpoint and the last preview."""
         self.best = -1.0
-        """The highest accuracy of a preview so far."""
+        """The highest accuracy of a preview so far, in the first process."""
+        self.stop = StopSignal()
         self.tracker: Tracker
         self.bar: tqdm
         self.shown: dict[str, str] = {}
         """What stands behind the progress bar."""
-        self.restart_clock()
 
     @property
     def epoch(self) -> int:
@@ -105,18 +82,31 @@ class Trainer:
 
     @property
     def done(self) -> bool:
+        """Whether all steps are taken."""
         return self.state.step >= self.total_steps
+
+    @property
+    def preview_owed(self) -> bool:
+        """Whether a preview belongs to the current step and has not been drawn."""
+        step = self.state.step
+        regular = step % (self.config.sample_interval * self.steps_per_epoch) == 0
+        return (regular or step == self.total_steps) and step != self.previewed_step
+
+    @property
+    def save_due(self) -> bool:
+        """Whether --save_interval wants a checkpoint of an epoch since the last one."""
+        steps = self.config.save_interval * self.steps_per_epoch
+        # While the network gives NaN, that waits: the last good checkpoint stays the last.
+        return self.state.step // steps > self.saved_step // steps and not self.state.skipped[1]
 
     def resume(self, source: Source) -> None:
         """Take over everything from a checkpoint of this run.
 
         Raises:
             UserError: it is of other pictures or not of this network.
-            NothingLeft: all steps are done.
         """
         path, checkpoint = source
-        known = (checkpoint.objects, checkpoint.training.get("data"))
-        if known != (self.objects, self.data_key):
+        if (checkpoint.objects, checkpoint.training.get("data")) != (self.objects, self.data_key):
             raise UserError(
                 f"{path}: was trained on other pictures than {self.loader.dataset.data_dir} holds "
                 "now; name its --data_dir or start another --run_name"
@@ -129,15 +119,22 @@ class Trainer:
             )
         if not processes.is_main():  # the parts of all processes add up to these
             self.state.losses = [torch.zeros_like(loss) for loss in self.state.losses]
-        drawn = processes.from_main(self.metrics.has_preview(self.state.step))
-        self.preview_owed = self.preview_due() and not drawn
-        if self.done and not self.preview_owed:
-            limited = self.total_steps == self.config.max_train_steps
-            raise NothingLeft(
-                f"{path}: all {self.state.step} steps are done; raise "
-                f"{'--max_train_steps' if limited else '--epochs'} to go on"
-            )
         self.saved, self.saved_step = path, self.state.step
+        if processes.from_main(self.history.has_preview(self.state.step)):
+            self.previewed_step = self.state.step
+
+    def start_from(self, source: Source) -> None:
+        """Take over the averaged weights of another run; everything else starts afresh.
+
+        Raises:
+            UserError: it was trained for other objects.
+        """
+        path, checkpoint = source
+        if checkpoint.objects != self.objects:
+            raise UserError(f"--init_from {path}: was trained for other objects, or another order")
+        for model in filter(None, (self.state.model, self.state.ema)):
+            load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
+        print(f"start: weights of {path}, recipe {self.config.recipe} for the training")
 
     def train(self) -> Path:
         """Take the steps that are left; returns the last checkpoint.
@@ -147,34 +144,28 @@ class Trainer:
         Raises:
             UserError: a file can't be written, or too many steps had to be skipped.
         """
+        config, state = self.config, self.state
         if processes.is_main():
-            write_json(self.run_dir / "config.json", to_dict(self.config))
-            self.metrics.drop_after(self.state.step)
+            write_json(self.run_dir / "config.json", to_dict(config))
+            self.history.drop_after(state.step)
             self.best = best_accuracy(self.run_dir)
-        self.best = processes.from_main(self.best)
-        state, config = self.state, self.config
         self.tracker = Tracker(
             config.wandb, config.wandb_project, config.run_name, self.run_dir, to_dict(config)
         )
-        self.restart_clock()
-        with (
-            self.stop,
-            tqdm(
-                total=self.total_steps, initial=state.step, desc="train", unit="step",
-                disable=not processes.is_main(),
-            ) as self.bar,
-        ):  # fmt: skip
-            if self.preview_owed and not self.stop.agreed():
-                self.draw_preview()
-            while not self.done and not self.stop.agreed():
-                self.train_epoch()
-                self.save_due |= self.epoch % config.save_interval == 0
-                # While the network gives NaN, that waits: the last good checkpoint stays the last.
-                if self.stop.agreed() or self.done or (self.save_due and not state.skipped[1]):
-                    self.save()
-                self.preview_owed = self.preview_due()
+        self.bar = tqdm(
+            total=self.total_steps, initial=state.step, desc="train", unit="step",
+            disable=not processes.is_main(),
+        )  # fmt: skip
+        with self.stop, self.bar:
+            self.restart_clock()
+            while True:
                 if self.preview_owed and not self.stop.agreed():
                     self.draw_preview()
+                if self.done or self.stop.agreed():
+                    break
+                self.train_epoch()
+                if self.stop.agreed() or self.done or self.save_due:
+                    self.save()
             if state.step != self.saved_step:  # stopped while a preview was drawn
                 self.save()
         self.tracker.finish()
@@ -208,8 +199,8 @@ class Trainer:
     def log_losses(self, lr: float, grad_norm: Tensor) -> None:
         """Log the steps since the last line; of the steps, only this waits for the device."""
         skipped = self.check_skipped(self.config.max_skipped_steps)
-        finite = [loss for loss in self.whole_losses().tolist() if math.isfinite(loss)]
-        loss = sum(finite) / len(finite) if finite else math.nan
+        losses = self.whole_losses().cpu().double()
+        loss = losses[losses.isfinite()].mean().item()  # NaN if all were skipped
         seconds = time.perf_counter() - self.since
         images_per_s = (self.state.step - self.timed_from) * self.batch_size / seconds
         values = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
@@ -237,12 +228,9 @@ class Trainer:
     def log(self, values: dict[str, Any]) -> None:
         """To Weights & Biases; numbers and text to metrics.jsonl, too."""
         if processes.is_main():
-            state = self.state
-            self.tracker.log(values, state.step)
-            kept = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
-            self.metrics.write(
-                {"step": state.step, "epoch": state.step / self.steps_per_epoch} | kept
-            )
+            step = self.state.step
+            self.tracker.log(values, step)
+            self.history.write(step, step / self.steps_per_epoch, values)
 
     def check_skipped(self, limit: int) -> int:
         """How many steps were skipped so far.
@@ -264,15 +252,11 @@ class Trainer:
         # A few skipped steps harm nothing; but no run ends well with a network that gives NaN.
         limit = self.config.max_skipped_steps
         self.check_skipped(min(limit, 10) if self.done else limit)
-        path = self.run_dir / "checkpoints" / f"model_epoch_{self.epoch}.pth"
+        path = checkpoint_path(self.run_dir, self.epoch)
         self.write_checkpoint(path)
-        self.saved, self.saved_step, self.save_due = path, self.state.step, False
+        self.saved, self.saved_step = path, self.state.step
         if self.config.keep_last and processes.is_main() and not self.state.skipped[1]:
-            # Those up to this one: later ones are damaged, and will be written again.
-            known = checkpoints(self.run_dir)
-            until = known.index(path) + 1 if path in known else 0
-            for old in known[:until][: -self.config.keep_last]:
-                old.unlink()
+            delete_older(path, self.config.keep_last)
 
     def write_checkpoint(self, path: Path) -> None:
         """Write everything that `resume` takes over."""
@@ -280,26 +264,17 @@ class Trainer:
         if not processes.is_main():
             return
         state = self.state
-        save_checkpoint(
-            path,
-            Checkpoint(
-                replace(self.config, resume=None),
-                self.objects,
-                state.model.state_dict(),
-                state.ema.state_dict() if state.ema else None,
-                state.step // self.steps_per_epoch,
-                state.step,
-                state.training_state()
-                | {"data": self.data_key, "losses": list(losses), "best": self.best},
-            ),
+        of_run = {"data": self.data_key, "losses": list(losses), "best": self.best}
+        checkpoint = Checkpoint(
+            config=replace(self.config, resume=None),
+            objects=self.objects,
+            model=state.model.state_dict(),
+            ema=state.ema.state_dict() if state.ema else None,
+            epoch=state.step // self.steps_per_epoch,
+            step=state.step,
+            training=state.training_state() | of_run,
         )
-
-    def preview_due(self) -> bool:
-        """Whether a preview belongs to the current step."""
-        epoch, batches = divmod(self.state.step, self.steps_per_epoch)
-        whole = batches == 0 and epoch > 0
-        last = self.state.step == self.total_steps
-        return last or (whole and epoch % self.config.sample_interval == 0)
+        save_checkpoint(path, checkpoint)
 
     def draw_preview(self) -> None:
         """Draw the test conditions; if a signal cuts it short, it is owed when the run goes on."""
@@ -311,28 +286,15 @@ class Trainer:
             return
         finally:
             self.stop.at_once = False
-        accuracy = processes.from_main(values.get("preview_accuracy"))
-        if accuracy is not None:
+        accuracy = values.get("preview_accuracy", -1.0)  # of the first process, with a judge
+        if accuracy >= 0:
             self.shown["preview"] = f"{accuracy:.3f}"
-            if self.config.keep_best and accuracy > self.best:
-                self.best = accuracy
-                self.write_checkpoint(self.run_dir / "checkpoints" / "best.pth")
+        if self.config.keep_best and processes.from_main(accuracy > self.best):
+            self.best = accuracy
+            self.write_checkpoint(best_path(self.run_dir))
         self.log(values | {"picture": name})
-        self.preview_owed = False
+        self.previewed_step = self.state.step
         self.restart_clock()
-
-
-def best_accuracy(run_dir: Path) -> float:
-    """Of the preview that best.pth was kept for; -1 if there is none."""
-    path = run_dir / "checkpoints" / "best.pth"
-    if not path.exists():
-        return -1.0
-    try:
-        best = load_checkpoint(path).training.get("best")
-    except DamagedFileError as error:
-        print(f"warning: {error.what}; the next best replaces it", file=sys.stderr)
-        best = None
-    return best if isinstance(best, float) else -1.0
 
 
 def data_key(dataset: IclevrDataset) -> str:
@@ -340,27 +302,3 @@ def data_key(dataset: IclevrDataset) -> str:
     key = hashlib.sha256("\n".join(dataset.names).encode("utf-8", "surrogatepass"))
     key.update(dataset.labels.numpy().tobytes())
     return key.hexdigest()
-
-
-@contextlib.contextmanager
-def own_folder(run_dir: Path, latest: Path | None) -> Iterator[None]:
-    """Keep other trainings out of a run's folder, and tidy up what an interrupted one has left.
-
-    Args:
-        latest: its latest checkpoint as far as this process knows.
-
-    Raises:
-        UserError: another process works there, or has since `latest` was found.
-    """
-    with contextlib.ExitStack() as stack:
-        if processes.is_main():
-            stack.callback(lock_folder(run_dir, "choose another --run_name").release)
-            if latest_checkpoint(run_dir) != latest:
-                raise UserError(
-                    f"{run_dir}: another process has trained here since this one started; "
-                    "start again"
-                )
-            for folder in (run_dir, run_dir / "checkpoints", run_dir / "samples"):
-                remove_left_overs(folder)
-        processes.wait_for_all()
-        yield

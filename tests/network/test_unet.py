@@ -16,6 +16,11 @@ from network.model import DiffusionModel, stages, widened, zero_init
 from network.unet import UNet2DModel
 from runtime.settings import ModelConfig, UserError
 
+SMALL = ModelConfig(
+    image_size=16, block_out_channels=(32, 32), norm_num_groups=8,
+    down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+)  # fmt: skip
+
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_diffusers_in_both_directions(name):
@@ -154,12 +159,8 @@ def test_report_stages():
     torch.manual_seed(0)
     model = DiffusionModel(config)
     assert all(m.num_groups == 8 for m in model.modules() if isinstance(m, torch.nn.GroupNorm))
-    assert model(torch.randn(1, 3, 64, 64), torch.tensor([5]), torch.zeros(1, 24)).shape == (
-        1,
-        3,
-        64,
-        64,
-    )
+    x = torch.randn(1, 3, 64, 64)
+    assert model(x, torch.tensor([5]), torch.zeros(1, 24)).shape == x.shape
 
 
 def test_size_is_that_of_the_spec():
@@ -171,14 +172,7 @@ def test_size_is_that_of_the_spec():
 
 def test_condition_is_added_through_the_mlp():
     torch.manual_seed(0)
-    config = ModelConfig(
-        image_size=16,
-        block_out_channels=(32, 32),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=8,
-    )
-    model = DiffusionModel(config).eval()
+    model = DiffusionModel(SMALL).eval()
     x, labels = torch.randn(2, 3, 16, 16), torch.eye(24)[:2]
     first, act, second = model.class_embedding
     assert (first.in_features, first.out_features, second.out_features) == (24, 128, 128)
@@ -188,14 +182,11 @@ def test_condition_is_added_through_the_mlp():
 
 def test_zero_init_starts_at_the_identity():
     torch.manual_seed(0)
-    model = DiffusionModel(
-        ModelConfig(
-            image_size=16,
-            block_out_channels=(64, 64),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        )
-    )
+    model = DiffusionModel(ModelConfig(
+        image_size=16, block_out_channels=(64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ))  # fmt: skip
     zero_init(model)
     x, labels = torch.randn(2, 3, 16, 16), torch.eye(24)
     assert model(x, 3, labels[:2]).abs().max() == 0  # the output's convolution
@@ -223,11 +214,7 @@ def test_settings_that_do_not_fit_are_refused(changes, words):
 def test_patches_are_positions_of_more_channels():
     """A network that returns its input unchanged, in patches: channel c p^2 + i p + j of a
     position is pixel (i, j) of its patch; and back."""
-    config = ModelConfig(
-        image_size=16, patch_size=4, block_out_channels=(32, 32), norm_num_groups=8,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-    )  # fmt: skip
-    model = DiffusionModel(config)
+    model = DiffusionModel(replace(SMALL, patch_size=4))
     x = torch.randn(2, 3, 16, 16)
     assert model(x, 3, torch.zeros(2, 24)).shape == x.shape
 
@@ -241,17 +228,12 @@ def test_patches_are_positions_of_more_channels():
     assert model.unet.seen.shape == (2, 48, 4, 4)
     assert torch.equal(model.unet.seen[0, 16:32, 1, 2].view(4, 4), x[0, 1, 4:8, 8:12])
     with pytest.raises(UserError, match="--patch_size 3: does not divide --image_size 16"):
-        DiffusionModel(replace(config, patch_size=3))
+        DiffusionModel(replace(SMALL, patch_size=3))
 
 
 def test_wider_embeddings_start_with_the_same_function():
     torch.manual_seed(0)
-    config = ModelConfig(
-        image_size=16, block_out_channels=(16, 32), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    narrow, wide = DiffusionModel(config), DiffusionModel(replace(config, time_embedding_dim=100))
+    narrow, wide = DiffusionModel(SMALL), DiffusionModel(replace(SMALL, time_embedding_dim=100))
     fresh = {name: value.clone() for name, value in wide.state_dict().items()}
     wide.load_state_dict(widened(narrow.state_dict(), fresh))
     x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 200]), torch.eye(24)[:2]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import OBJECTS, SMALL_NETWORK, error_of
+from conftest import OBJECTS, SMALL_NETWORK, error_of, train_argv
 
 import train
 import train_evaluator
@@ -64,9 +64,7 @@ def test_training_aligns_the_network_and_keeps_no_head(world, tmp_path):
     file = tmp_path / "teacher.pth"
     argv = ["--data_dir", str(world), "--epochs", "1", "--device", "cpu"]
     train_evaluator.main([*argv, "--seed", "1", "--out", str(file)])
-    argv = ["--data_dir", str(world), "--output_dir", str(tmp_path), "--device", "cpu",
-            "--batch_size", "4", "--epochs", "12", "--lr", "1e-3", "--lr_warmup_steps", "0",
-            "--wandb", "disabled", "--sample_interval", "100", *SMALL_NETWORK]  # fmt: skip
+    argv = train_argv(world, tmp_path, "--epochs", 12, "--lr", 1e-3, "--lr_warmup_steps", 0)
     plain = load_checkpoint(train.main([*argv, "--run_name", "plain"]))
     aligned = [*argv, "--align_to", str(file), "--align_weight", "2"]
     checkpoint = load_checkpoint(train.main([*aligned, "--run_name", "aligned"]))
