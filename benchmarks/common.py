@@ -1,12 +1,19 @@
-"""What the benchmarks share: the machine, interleaved rounds, medians with their range, tables."""
+"""What the benchmarks share: the machine, interleaved rounds, medians with their range, tables.
+
+Every benchmark imports from here first: this module puts src/ on the path.
+"""
 
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from iclevr.dataset import SPLITS
 from judging import metrics

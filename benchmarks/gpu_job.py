@@ -2,15 +2,13 @@
 
 import gc
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import torch
+
 from common import machine
 
 from runtime.device import pick_device

@@ -34,9 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import torch
+
 from gpu_job import WORK_DIR, StageName
 
 from runtime.files import atomic_write, make_folder, read_json, write_json

@@ -1,15 +1,12 @@
 """Stages of gpu_session.py: how fast a training step is, and where its time goes."""
 
 import statistics
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import torch
+
 from common import show, spread, synchronize, table
 from gpu_job import CHOICES, ORIGINAL, SMALL, Job, free_memory
 from input_pipeline import PipelineConfig, Waiting

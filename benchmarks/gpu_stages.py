@@ -13,13 +13,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import pytest
 import torch
+
 from common import table
 from gpu_job import Job, StageConfig, StageName
 from gpu_speed import compile_ahead, speed

@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import matplotlib.pyplot as plt
+from PIL import Image
+
 from common import show, table
 from gpu_job import CHOICES, ORIGINAL, SMALL, TOY_STEPS, Job, free_memory
 from gpu_speed import measure
-from PIL import Image
 from training_runs import NEVER, records
 
 import export

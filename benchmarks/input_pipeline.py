@@ -10,7 +10,6 @@ loader, and measures the share of time for which the step waits for its batch. P
 writes output/benchmarks/input_pipeline.json.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,8 +23,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from common import interleave, machine, ratios, show, spread, synchronize, table
 

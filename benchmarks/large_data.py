@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import numpy as np
+
 from common import machine, show, spread, table
 
 from iclevr.dataset import CHECK_EACH, encode_labels, keep_list, list_file

@@ -10,7 +10,6 @@ output/benchmarks/training_step.json.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from common import interleave, machine, ratios, show, spread, synchronize, table
 

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from common import interleave, machine, ratios, show, spread, table
 from training_runs import NEVER, data_flags, records
 

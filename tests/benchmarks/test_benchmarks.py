@@ -6,14 +6,15 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import ablations
 import pytest
+from conftest import SMALL_NETWORK, error_of
+
+import ablations
 import sampling_steps
 import time_to_accuracy
 import training_runs
 import two_checkouts
 from common import model_flags
-from conftest import SMALL_NETWORK, error_of
 
 from network.checkpoint import load_checkpoint, save_checkpoint
 from runtime.settings import ModelConfig, TrainConfig, parse_args

@@ -3,8 +3,9 @@
 import json
 import time
 
-import gpu_session
 import pytest
+
+import gpu_session
 from gpu_job import NETWORKS, SMALL, Job, StageConfig
 from gpu_training import compile_or_not, train_run
 
