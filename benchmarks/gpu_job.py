@@ -87,6 +87,11 @@ class Job:
         default = RECIPES["original" if network == ORIGINAL else "small"]
         return parse_args(TrainConfig, shlex.split(self.flags(network)), default)
 
+    def argv(self, flags: str, **more: Any) -> list[str]:
+        """Flags of a script of src/ that works on the stage's data."""
+        more |= {"data_dir": self.work / "data", "device": self.device, "wandb": "disabled"}
+        return shlex.split(flags) + [str(x) for key in more for x in (f"--{key}", more[key])]
+
     @property
     def data(self) -> DataConfig:
         return DataConfig(data_dir=self.work / "data")

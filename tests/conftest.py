@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from iclevr.scene import NAMES
+from iclevr.scene import NAMES, OBJECTS
 from runtime.settings import UserError
 
 SRC = Path(__file__).resolve().parents[1] / "src"
-OBJECTS = {name: index for index, name in enumerate(NAMES)}
 SMALL_NETWORK = [
     "--image_size", "16", "--block_out_channels", "16", "32",
     "--down_block_types", "DownBlock2D", "AttnDownBlock2D",
