@@ -29,16 +29,11 @@ def write_world(folder: Path, pictures: int = 12) -> Path:
     for i in range(pictures):
         name = f"CLEVR_train_{i // 3:06d}_{i % 3}.png"
         train[name] = [NAMES[n] for n in rng.permutation(24)[: i % 3 + 1]]
-        Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).save(
-            folder / "iclevr" / name
-        )
+        picture = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
+        picture.save(folder / "iclevr" / name)
     conditions = [[NAMES[n] for n in rng.permutation(24)[: i % 3 + 1]] for i in range(8)]
-    for file, value in (
-        ("objects", OBJECTS),
-        ("train", train),
-        ("test", conditions[:4]),
-        ("new_test", conditions[4:]),
-    ):
+    files = {"objects": OBJECTS, "train": train, "test": conditions[:4], "new_test": conditions[4:]}
+    for file, value in files.items():
         (folder / f"{file}.json").write_text(json.dumps(value))
     return folder
 

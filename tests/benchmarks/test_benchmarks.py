@@ -88,20 +88,10 @@ def test_both_recipes_are_trained_and_scored(trained, tmp_path, monkeypatch):
 
 def test_two_checkouts_take_turns(trained, tmp_path):
     data, _, _ = trained
-    argv = [
-        "--other",
-        two_checkouts.ROOT,
-        "--rounds",
-        1,
-        "--steps",
-        5,
-        "--data_dir",
-        data,
-        f"--more={shlex.join(SMALL_NETWORK)} --epochs 50",
-        "--out",
-        tmp_path / "out.json",
-    ]
-    report = two_checkouts.main([str(a) for a in argv])  # fmt: skip
+    argv = ["--other", two_checkouts.ROOT, "--rounds", 1, "--steps", 5, "--data_dir", data,
+            f"--more={shlex.join(SMALL_NETWORK)} --epochs 50",
+            "--out", tmp_path / "out.json"]  # fmt: skip
+    report = two_checkouts.main([str(a) for a in argv])
     assert report["times_as_fast"]["median"] > 0 and (tmp_path / "out.json").exists()
     assert "no checkout" in error_of(two_checkouts.main, ["--other", tmp_path])
     argv[-3] = "--more=--lr 0"

@@ -31,11 +31,8 @@ def flags(folder: Path, sequences: int, workers: int = 2) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -145,16 +142,15 @@ def test_analytic_shapes_agree_with_points_on_them():
     rng = np.random.default_rng(0)
     for index in (0, 8, 16):  # cube, sphere, cylinder
         item = Item(index, 1.0, -2.0, 0.4)
-        radius = RADIUS
-        centre = np.array([1.0, -2.0, radius])
+        centre = np.array([1.0, -2.0, RADIUS])
         origins = centre[:, None] + 5 * unit(rng.normal(size=3))[:, None]
-        inner = centre[:, None] + rng.uniform(-0.5, 0.5, (3, 500)) * radius
+        inner = centre[:, None] + rng.uniform(-0.5, 0.5, (3, 500)) * RADIUS
         rays = (inner - origins).astype(np.float32)
         distance = hit(item, origins.astype(np.float32), rays)
         assert (distance < 1).all()
         local = origins + distance * rays - centre[:, None]
         c, s = np.cos(0.4), np.sin(0.4)
-        x, y, z = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ local / radius
+        x, y, z = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ local / RADIUS
         level = {
             0: np.abs([x, y, z]).max(0),
             8: np.sqrt(x**2 + y**2 + z**2),
@@ -182,13 +178,10 @@ def test_sequences_can_be_added_and_left_out(rendered: Path, tmp_path: Path):
 def start(folder: Path, sequences: int) -> subprocess.Popen:
     command = [sys.executable, render_iclevr.__file__, *flags(folder, sequences)]
     return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # A background job inherits that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    )  # fmt: skip
 
 
 def wait_for_pictures(folder: Path, process: subprocess.Popen, count: int) -> None:
@@ -299,11 +292,8 @@ def test_light_equals_mitsubas_path_tracer(i):
                 place = centre.rotate([0, 0, 1], float(np.degrees(item.angle))).scale(radius)
                 result[f"item{k}"] = {"type": "cube", "to_world": place, "bsdf": bsdf}
             elif item.shape == "sphere":
-                result[f"item{k}"] = {
-                    "type": "sphere",
-                    "to_world": centre.scale(radius),
-                    "bsdf": bsdf,
-                }
+                place = centre.scale(radius)
+                result[f"item{k}"] = {"type": "sphere", "to_world": place, "bsdf": bsdf}
             else:
                 ends = {"p0": [item.x, item.y, 0], "p1": [item.x, item.y, 2 * radius]}
                 result[f"item{k}"] = {"type": "cylinder", "radius": radius, "bsdf": bsdf, **ends}

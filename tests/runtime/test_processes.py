@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import SMALL_NETWORK, SRC, write_world
+from conftest import SRC, train_argv, write_world
 from PIL import Image
 
 import train
@@ -48,12 +48,10 @@ def finished(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str,
 
 
 def argv_of(data: Path, output: Path, *more) -> list[str]:
-    return [
-        "--data_dir", str(data), "--output_dir", str(output), "--run_name", "r", "--batch_size",
-        "5", "--device", "cpu", "--mixed_precision", "no", "--wandb", "disabled",
-        "--log_interval", "1", "--sample_interval", "3", "--epochs", "6", "--lr", "1e-3",
-        "--lr_warmup_steps", "0", *SMALL_NETWORK, *map(str, more),
-    ]  # fmt: skip
+    return train_argv(
+        data, output, "--batch_size", 5, "--sample_interval", 3, "--epochs", 6, "--lr", 1e-3,
+        "--lr_warmup_steps", 0, *more,
+    )  # fmt: skip
 
 
 def losses_of(run_dir: Path) -> list[float]:
