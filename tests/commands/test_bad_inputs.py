@@ -51,9 +51,10 @@ class Case(NamedTuple):
 
 
 def of_json(script: str, name: str, content: str | bytes, *words: str) -> Case:
-    """A JSON file of the data with another content."""
+    """A JSON file of the data with another content; the message names it."""
     content = content.encode() if isinstance(content, str) else content
-    return Case(script, words, change=lambda files: (files["data"] / name).write_bytes(content))
+    name += ".json"
+    return Case(script, (name, *words), "", lambda f: (f["data"] / name).write_bytes(content))
 
 
 def of_picture(image: Image.Image | bytes, *words: str, script="train", **how) -> Case:
@@ -105,77 +106,51 @@ class Runs:
 NAME = "CLEVR_train_000002_1.png"
 CASES = {
     # --- JSON
-    "objects: a list": of_json("train", "objects.json", "[]", "objects.json", "dict"),
-    "objects: empty": of_json("train", "objects.json", "", "objects.json"),
-    "objects: a gap": of_json(
-        "train", "objects.json", '{"a": 0, "b": 2}', "objects.json", "0 ... 1"
-    ),
-    "objects: other ones": of_json(
-        "test", "objects.json", '{"red ball": 0}', "objects.json", "other objects"
-    ),
-    "objects: a float": of_json("train", "objects.json", '{"a": 1.5}', "objects.json", "1.5"),
-    "objects: text for an index": of_json(
-        "train", "objects.json", '{"a": "0"}', "objects.json", "not an integer"
-    ),
-    "objects: true for an index": of_json(
-        "train", "objects.json", '{"a": true}', "objects.json", "not an integer"
-    ),
-    "objects: huge nesting": of_json("train", "objects.json", "[" * 100000, "objects.json"),
-    "objects: a name that leads out": of_json(
-        "test", "objects.json", '{"../red": 0}', "objects.json", "'../red'"
-    ),
-    "objects: not UTF-8": of_json("train", "objects.json", b"\xff{}", "objects.json"),
+    "objects: a list": of_json("train", "objects", "[]", "dict"),
+    "objects: empty": of_json("train", "objects", ""),
+    "objects: a gap": of_json("train", "objects", '{"a": 0, "b": 2}', "0 ... 1"),
+    "objects: other ones": of_json("test", "objects", '{"red ball": 0}', "other objects"),
+    "objects: a float": of_json("train", "objects", '{"a": 1.5}', "1.5"),
+    "objects: text for an index": of_json("train", "objects", '{"a": "0"}', "not an integer"),
+    "objects: true for an index": of_json("train", "objects", '{"a": true}', "not an integer"),
+    "objects: huge nesting": of_json("train", "objects", "[" * 100000),
+    "objects: a name that leads out": of_json("test", "objects", '{"../red": 0}', "'../red'"),
+    "objects: not UTF-8": of_json("train", "objects", b"\xff{}"),
     "train: absolute name": of_json(
-        "train", "train.json", '{"/etc/passwd": ["red cube"]}', "train.json", "/etc/passwd"
+        "train", "train", '{"/etc/passwd": ["red cube"]}', "/etc/passwd"
     ),
-    "train: leads out": of_json(
-        "train", "train.json", '{"../a.png": ["red cube"]}', "train.json", "../a.png"
-    ),
-    "train: Windows separator": of_json(
-        "train", "train.json", '{"..\\\\a.png": ["red cube"]}', "train.json", "a.png"
-    ),
-    "train: NUL in a name": of_json(
-        "train", "train.json", '{"a\\u0000.png": ["red cube"]}', "train.json"
-    ),
-    "train: unknown object": of_json(
-        "train", "train.json", '{"a.png": ["red ball"]}', "train.json", "'red ball'"
-    ),
+    "train: leads out": of_json("train", "train", '{"../a.png": ["red cube"]}', "../a.png"),
+    "train: Windows separator": of_json("train", "train", '{"..\\\\a.png": ["red cube"]}', "a.png"),
+    "train: NUL in a name": of_json("train", "train", '{"a\\u0000.png": ["red cube"]}'),
+    "train: unknown object": of_json("train", "train", '{"a.png": ["red ball"]}', "'red ball'"),
     "train: another case": of_json(
-        "train", "train.json", '{"a.png": ["Red Cube"]}', "train.json", "did you mean 'red cube'"
+        "train", "train", '{"a.png": ["Red Cube"]}', "did you mean 'red cube'"
     ),
     "train: an object twice": of_json(
-        "train", "train.json", '{"a.png": ["red cube", "red cube"]}', "train.json", "twice"
+        "train", "train", '{"a.png": ["red cube", "red cube"]}', "twice"
     ),
-    "train: a list": of_json("train", "train.json", "[]", "train.json", "dict of file name"),
-    "train: no names": of_json("train", "train.json", '{"a.png": []}', "entry 'a.png'"),
-    "train: null": of_json("train", "train.json", "null", "train.json"),
-    "train: a number for names": of_json(
-        "train", "train.json", '{"a.png": 7}', "train.json", "a.png"
+    "train: a list": of_json("train", "train", "[]", "dict of file name"),
+    "train: no names": of_json("train", "train", '{"a.png": []}', "entry 'a.png'"),
+    "train: null": of_json("train", "train", "null"),
+    "train: a number for names": of_json("train", "train", '{"a.png": 7}', "a.png"),
+    "train: missing pictures": of_json("train", "train", '{"a.png": ["red cube"]}')._replace(
+        words=("1 of 1 pictures are missing", "a.png")
     ),
-    "train: missing pictures": of_json(
-        "train", "train.json", '{"a.png": ["red cube"]}', "1 of 1 pictures are missing", "a.png"
-    ),
-    "train: a lone surrogate": of_json(
-        "train", "train.json", '{"\\ud800.png": ["red cube"]}', "pictures are missing"
+    "train: a lone surrogate": of_json("train", "train", '{"\\ud800.png": ["red cube"]}')._replace(
+        words=("pictures are missing",)
     ),
     "train: not there": Case(
         "train", ("train.json: not found", "render_iclevr.py"),
         change=lambda files: (files["data"] / "train.json").unlink(),
     ),
-    "test: a dict": of_json("test", "test.json", "{}", "test.json", "list"),
-    "test: a string for a list": of_json(
-        "test", "test.json", '["red cube"]', "test.json", "entry 0"
-    ),
-    "test: no object": of_json("test", "test.json", "[[]]", "test.json", "entry 0"),
+    "test: a dict": of_json("test", "test", "{}", "list"),
+    "test: a string for a list": of_json("test", "test", '["red cube"]', "entry 0"),
+    "test: no object": of_json("test", "test", "[[]]", "entry 0"),
     "test: a string in the second entry": of_json(
-        "test", "test.json", '[["red cube"], "red cube"]', "test.json", "entry 1"
+        "test", "test", '[["red cube"], "red cube"]', "entry 1"
     ),
-    "new_test: cut short": of_json(
-        "test", "new_test.json", '[["red cube"', "new_test.json", "JSON"
-    ),
-    "new_test: nested": of_json(
-        "guidance_scale", "new_test.json", '[[["a"]]]', "new_test.json", "entry 0"
-    ),
+    "new_test: cut short": of_json("test", "new_test", '[["red cube"', "JSON"),
+    "new_test: nested": of_json("guidance_scale", "new_test", '[[["a"]]]', "entry 0"),
     "no data there": Case(
         "train", ("nowhere: no such folder", "render_iclevr.py"), "--data_dir {out}/nowhere"
     ),
@@ -187,7 +162,7 @@ CASES = {
     ),
     "conditions are read before pictures": Case(
         "train", ("test.json",),
-        change=lambda files: (of_json("train", "test.json", "[]").change(files),
+        change=lambda files: (of_json("train", "test", "[]").change(files),
                               of_picture(b"").change(files)),
     ),
     "cache folder: below a file": Case(
