@@ -1,6 +1,9 @@
 """A tiny world for the tests: coloured squares instead of scenes, in the course's layout."""
 
 import json
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,16 @@ def error_of(main, argv) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> bool:
+    """Whether it came true before the process ended, or two minutes had passed."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.0005)
+    return False
 
 
 class LinearModel(torch.nn.Module):

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import wait_for
 from PIL import Image
 
 import render_iclevr
@@ -184,20 +184,17 @@ def start(folder: Path, sequences: int) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def wait_for_pictures(folder: Path, process: subprocess.Popen, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("iclevr/CLEVR*.png"))) < count:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+def pictures_of(folder: Path) -> list[Path]:
+    return list(folder.glob("iclevr/CLEVR*.png"))
 
 
 def test_resumes_after_sigkill(tmp_path: Path):
     process = start(tmp_path / "killed", 120)
-    wait_for_pictures(tmp_path / "killed", process, 20)
+    assert wait_for(lambda: len(pictures_of(tmp_path / "killed")) >= 20, process)
     process.kill()
     process.communicate(timeout=20)  # ends when no worker holds the pipes any more
     assert not (tmp_path / "killed" / "train.json").exists()
-    left = list((tmp_path / "killed").glob("iclevr/CLEVR*.png"))
+    left = pictures_of(tmp_path / "killed")
     assert len(left) < 360, "nothing left to do: the kill came too late to test anything"
     (tmp_path / "killed" / "iclevr" / ".tmp-CLEVR_train_000119_2-x.png").write_bytes(b"half")
     stamps = {path: path.stat().st_mtime_ns for path in left}
@@ -230,7 +227,7 @@ def test_a_picture_is_whole_or_absent(tmp_path: Path, monkeypatch):
 
 def test_ctrl_c_stops_with_one_line(tmp_path: Path):
     process = start(tmp_path, 400)
-    wait_for_pictures(tmp_path, process, 3)
+    assert wait_for(lambda: len(pictures_of(tmp_path)) >= 3, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import SRC, train_argv, write_world
+from conftest import SRC, train_argv, wait_for, write_world
 
 import train
 from network.checkpoint import load_checkpoint
@@ -36,16 +36,6 @@ def start(argv: list[str], **options) -> subprocess.Popen:
         [sys.executable, str(SRC / "train.py"), *argv],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
-
-
-def wait_for(condition, process: subprocess.Popen) -> bool:
-    """Whether it came true before the process ended."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.0005)
-    return False
 
 
 def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
