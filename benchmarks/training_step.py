@@ -83,7 +83,7 @@ class DiffusersModel(nn.Module):
         self.class_embedding = DiffusionModel(config).class_embedding
         self.patch_size = config.patch_size
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, features: None = None) -> Tensor:
         patches = F.pixel_unshuffle(x_t, self.patch_size)
         prediction = self.unet(patches, t, self.class_embedding(labels)).sample
         return F.pixel_shuffle(prediction, self.patch_size)

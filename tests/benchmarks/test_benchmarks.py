@@ -10,9 +10,11 @@ import pytest
 from conftest import SMALL_NETWORK, error_of
 
 import ablations
+import input_pipeline
 import sampling_steps
 import time_to_accuracy
 import training_runs
+import training_step
 import two_checkouts
 from common import model_flags
 
@@ -96,6 +98,18 @@ def test_two_checkouts_take_turns(trained, tmp_path):
     assert "no checkout" in error_of(two_checkouts.main, ["--other", tmp_path])
     argv[-3] = "--more=--lr 0"
     assert "training ends with" in error_of(two_checkouts.main, argv)
+
+
+NETWORK = SMALL_NETWORK[: SMALL_NETWORK.index("--num_train_timesteps")]
+
+
+@pytest.mark.parametrize("more", [[], ["--num_pictures", 6, "--num_workers", 1]])
+def test_steps_and_loaders_are_measured(more, tmp_path):
+    benchmark, key = (input_pipeline, "ratio") if more else (training_step, "variants")
+    argv = ["--batch_size", 2, "--rounds", 1, "--steps", 1, "--device", "cpu", *NETWORK, *more,
+            "--out", tmp_path / "out.json"]  # fmt: skip
+    benchmark.main([str(a) for a in argv])
+    assert json.loads((tmp_path / "out.json").read_text())[key]
 
 
 def test_a_failed_training_is_named_and_the_others_go_on(trained, tmp_path):
