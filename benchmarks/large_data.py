@@ -34,11 +34,10 @@ from runtime.settings import ROOT, PositiveInt, Settings, UserError, parse_args,
 
 OPEN = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from iclevr.dataset import IclevrDataset
-since = time.perf_counter()
-data = IclevrDataset(Path(sys.argv[2]), Path(sys.argv[2]) / "iclevr", "train", 64)
+since, folder = time.perf_counter(), Path(sys.argv[1])
+data = IclevrDataset(folder, folder / "iclevr", "train", 64)
 data[len(data) - 1]
 print(time.perf_counter() - since)
 """
@@ -71,8 +70,9 @@ def make_data(folder: Path, sequences: int) -> None:
 
 
 def seconds_to_open(folder: Path) -> float:
-    command = [sys.executable, "-c", OPEN, str(ROOT / "src"), str(folder)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-c", OPEN, str(folder.resolve())]
+    opened = subprocess.run(command, cwd=ROOT / "src", check=True, capture_output=True, text=True)
+    return float(opened.stdout)
 
 
 def memory(pid: int) -> float | None:
