@@ -8,14 +8,12 @@ each, and are scored with the same sampler and noise. Differences to the recipe 
 by seed. Writes table and JSON to output/benchmarks/ablations/; a second start goes on.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import numpy as np
+
 from training_runs import minutes_trained, plan_runs, score_all, train_all
 
 from judging.intervals import Interval, mean_interval

@@ -1,12 +1,19 @@
-"""What the benchmarks share: the machine, interleaved rounds, medians with their range, tables."""
+"""What the benchmarks share: the machine, interleaved rounds, medians with their range, tables.
+
+Every benchmark imports from here first: this module puts src/ on the path.
+"""
 
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from iclevr.dataset import SPLITS
 from judging import metrics
@@ -19,9 +26,8 @@ def model_flags(model: ModelConfig) -> str:
     flags = []
     for name, value in vars(model).items():
         if value != getattr(ModelConfig(), name):
-            values = value if isinstance(value, tuple) else (value,)
-            text = "" if value is True else " ".join(map(str, values))
-            flags.append(f"--{name} {text}".strip())
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            flags += [f"--{name}", *map(str, values)]
     return " ".join(flags)
 
 
@@ -52,6 +58,11 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def describe(where: dict[str, Any]) -> str:
+    """`machine` on one line."""
+    return ", ".join(f"{key} {value}" for key, value in where.items())
 
 
 def synchronize(device: torch.device) -> None:
@@ -87,12 +98,9 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def show(values: Sequence[float], unit: str = "") -> str:
     """Such as "1,204 [1,150, 1,230]": median and range."""
-    median, low, high = (_number(f(values)) for f in (statistics.median, min, max))
-    return f"{median}{unit} [{low}{unit}, {high}{unit}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    figures = [f(values) for f in (statistics.median, min, max)]
+    cells = [f"{x:,.0f}{unit}" if x >= 100 else f"{x:.3g}{unit}" for x in figures]
+    return "{} [{}, {}]".format(*cells)
 
 
 def table(first: str, columns: dict[str, dict[str, str]]) -> str:

@@ -2,15 +2,13 @@
 
 import gc
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import torch
+
 from common import machine
 
 from runtime.device import pick_device
@@ -88,6 +86,11 @@ class Job:
     def settings(self, network: str) -> TrainConfig:
         default = RECIPES["original" if network == ORIGINAL else "small"]
         return parse_args(TrainConfig, shlex.split(self.flags(network)), default)
+
+    def argv(self, flags: str, **more: Any) -> list[str]:
+        """Flags of a script of src/ that works on the stage's data."""
+        more |= {"data_dir": self.work / "data", "device": self.device, "wandb": "disabled"}
+        return shlex.split(flags) + [str(x) for key in more for x in (f"--{key}", more[key])]
 
     @property
     def data(self) -> DataConfig:

@@ -34,9 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import torch
+
 from gpu_job import WORK_DIR, StageName
 
 from runtime.files import atomic_write, make_folder, read_json, write_json
@@ -83,24 +82,12 @@ class SessionConfig(Settings):
 
 
 class Session:
-    """Runs stages, watches their time and writes what they found."""
+    """What the stages have found, written after each of them."""
 
     def __init__(self, config: SessionConfig, log: TextIO):
         self.config, self.log = config, log
         self.end = START + 60 * config.minutes * (TOY_SLACK if config.toy else 1) - END
         self.results: dict[str, Any] = {"minutes": config.minutes, "toy": config.toy, "stages": {}}
-
-    def start(self, stage: StageName, seconds: float) -> "Stage":
-        print(f"\n=== {stage}: {seconds:.0f} s at most", flush=True)
-        return Stage(self, stage, seconds)
-
-    def finish(self, stage: "Stage") -> None:
-        """Wait for a stage, then keep what it wrote and how it ended."""
-        status = stage.wait()
-        found = {"status": status, "seconds": round(stage.ended - stage.since, 1)}
-        if stage.figures.exists():
-            found |= read_json(stage.figures)
-        self.note(stage.name, found)
 
     def note(self, stage: str, found: dict[str, Any]) -> None:
         print(f"=== {stage}: {found['status']}, {found.get('seconds', 0)} s", flush=True)
@@ -114,9 +101,10 @@ class Stage:
     """The process of a stage, which is stopped when its time is up."""
 
     def __init__(self, session: Session, name: StageName, seconds: float):
-        config = session.config
-        self.name, self.since, self.until = name, time.time(), time.time() + seconds
-        self.ended = self.until
+        print(f"\n=== {name}: {seconds:.0f} s at most", flush=True)
+        config, self.session, self.name = session.config, session, name
+        self.since = time.time()
+        self.until = self.ended = self.since + seconds
         self.figures = config.work_dir / f"{name}.json"
         self.figures.unlink(missing_ok=True)  # of a session before
         command = [sys.executable, str(SCRIPT), "--stage", name,
@@ -128,18 +116,18 @@ class Stage:
             start_new_session=True,  # so that its own children can be stopped with it
             env={"TQDM_MININTERVAL": "15", "PYTHONUNBUFFERED": "1"} | os.environ | cache,
         )  # fmt: skip
-        self.reader = threading.Thread(target=self.follow, args=(session.log,), daemon=True)
+        self.reader = threading.Thread(target=self.follow, daemon=True)
         self.reader.start()
 
-    def follow(self, log: TextIO) -> None:
+    def follow(self) -> None:
         for line in self.process.stdout:
             print(line, end="", flush=True)
-            log.write(f"{self.name}: {line}")
-            log.flush()
+            self.session.log.write(f"{self.name}: {line}")
+            self.session.log.flush()
         self.ended = time.time()
 
-    def wait(self) -> str:
-        """How it ended: done, failed, or out of time."""
+    def finish(self) -> None:
+        """Wait for it until its time is up, then keep how it ended and what it wrote."""
         status = ""
         for number, until in ((signal.SIGTERM, self.until - GRACE), (signal.SIGKILL, self.until)):
             try:
@@ -151,7 +139,10 @@ class Stage:
         code = self.process.wait()
         self.signal(signal.SIGKILL)  # whatever it has left running
         self.reader.join(timeout=2)
-        return status or ("done" if code == 0 else f"failed (exit code {code})")
+        status = status or ("done" if code == 0 else f"failed (exit code {code})")
+        wrote = read_json(self.figures) if self.figures.exists() else {}
+        seconds = round(self.ended - self.since, 1)
+        self.session.note(self.name, {"status": status, "seconds": seconds} | wrote)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -180,26 +171,26 @@ def share(stage: StageName, stages: Sequence[StageName], left: float) -> float:
 
 def run_stages(session: Session) -> None:
     stages = [name for name in SHARES if name in session.config.stages]
-    ready = [s for s, wanted in BESIDE.items() if set(wanted) & set(stages)]
     seconds = (session.end - time.time()) * BESIDE_SECONDS / 540
-    running = {name: session.start(name, seconds) for name in ready}
+    running: list[Stage] = []
     try:
+        for name, wanted in BESIDE.items():
+            if set(wanted) & set(stages):
+                running.append(Stage(session, name, seconds))
         for name in stages:
-            if name != "tests":  # from here on nothing else runs
-                for stage in list(running):
-                    session.finish(running.pop(stage))
+            while running and name != "tests":  # from here on nothing else runs
+                running[0].finish()
+                del running[0]
             seconds = share(name, stages, session.end - time.time())
             if seconds < LEAST[name]:
                 status = f"not started: {seconds:.0f} s left, it takes {LEAST[name]:.0f}"
                 session.note(name, {"status": status})
                 continue
-            running[name] = session.start(name, seconds)
-            session.finish(running[name])
-            del running[name]
-        for stage in running.values():
-            session.finish(stage)
+            running.append(Stage(session, name, seconds))
+            running[-1].finish()
+            del running[-1]
     finally:
-        for stage in running.values():
+        for stage in running:
             stage.signal(signal.SIGKILL)
 
 

@@ -1,22 +1,17 @@
 """Stages of gpu_session.py: how fast a training step is, and where its time goes."""
 
 import statistics
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import torch
+
 from common import show, spread, synchronize, table
 from gpu_job import CHOICES, ORIGINAL, SMALL, Job, free_memory
-from input_pipeline import PipelineConfig, Waiting
-from training_step import Matmul, Variant
+from input_pipeline import Waiting, cached_loader
+from training_step import Matmul, Variant, row_of, step_table
 
-from iclevr.dataset import get_dataloader
-from network.model import stages
 from runtime.device import autocast_dtype
 from runtime.settings import TrainConfig
 
@@ -32,23 +27,28 @@ def compile_ahead(job: Job) -> None:
         free_memory()
 
 
-def measure(job: Job, config: TrainConfig, matmul_rate: float, **options: Any) -> dict[str, Any]:
-    """One row of the table of training steps; with "profile" among the options a profile too."""
-    profiled = options.pop("profile", False)
-    torch.backends.cudnn.benchmark = options.pop("benchmark", False)
+def measure(
+    job: Job,
+    config: TrainConfig,
+    matmul_rate: float = 1.0,
+    profile: bool = False,
+    benchmark: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """A row of the table of training steps; `profile` notes where its time goes, too.
+
+    Args:
+        benchmark: cuDNN tries out its algorithms.
+        options: of `Variant`.
+    """
+    free_memory()
+    torch.backends.cudnn.benchmark = benchmark
     steps = 2 if job.toy else max(5, 20 * 64 // config.batch_size)
     variant = Variant(config, job.device, steps, **options)
     rates = [variant() for _ in range(1 if job.toy else 3)]
-    flops = 3 * stages(config.model)[2]  # the backward pass costs twice the forward pass
-    if profiled:
+    if profile:
         job.note(profile_table(variant, "compiled" if options.get("compiled") else "eager"))
-    return {
-        "batch_size": config.batch_size,
-        "pictures_per_s": spread(rates),
-        "share_of_matmul": spread([rate * flops / matmul_rate for rate in rates]),
-        "peak_memory_gib": variant.peak and variant.peak / 2**30,
-        "warm_up_s": variant.warm_up,
-    }
+    return {"batch_size": config.batch_size} | row_of(variant, rates, matmul_rate)
 
 
 def profile_table(variant: Variant, name: str) -> str:
@@ -105,46 +105,26 @@ def speed(job: Job) -> None:
     rows: dict[str, dict[str, Any]] = {}
     seconds = {False: 8.0, True: 20.0}  # of a variant, compiled or not
     for name, (config, options) in variants.items():
-        compiled = options.get("compiled", False)
+        compiled, since = options.get("compiled", False), time.perf_counter()
         if job.left() < seconds[compiled]:
             print(f"no time for {name}", flush=True)
             continue
         print(f"training step: {name}", flush=True)
-        since = time.perf_counter()
         try:
             rows[name] = measure(job, config, statistics.median(rates), **options)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             job.note(f"{name}: {' '.join(str(error).split())[:200]}")
-        free_memory()
         seconds[compiled] = max(seconds[compiled], time.perf_counter() - since)
-        job.note(speed_table(rows), key="table", variants=rows)
+        job.note(step_table(rows), key="table", variants=rows)
 
 
 def measure_waiting(job: Job, network: str) -> None:
     """The share of a training step that waits for the loader."""
-    folder, config = job.work / "data", job.settings(network)
-    if not (folder / "train.json").exists():
+    if not (job.work / "data" / "train.json").exists():
         return job.note("waiting for data: not measured, there are no pictures", key="waiting")
-    loader = get_dataloader(
-        folder, folder / "iclevr", "train", config.batch_size,
-        image_size=config.model.image_size, pin_memory=job.device.type == "cuda",
-    )  # fmt: skip
-    setup = PipelineConfig(batch_size=config.batch_size, model=config.model, rounds=1)
-    share = Waiting(loader, setup, job.device)()
+    free_memory()
+    config = job.settings(network)
+    loader = cached_loader(job.work / "data", config, job.device)
+    share = Waiting(loader, config, job.device, steps=8)()
     figures = job.report.get("waiting", {}) | {network: share}
     job.note(f"waiting for data, {network}: at most {100 * share:.2f}% of a step", waiting=figures)
-    free_memory()
-
-
-def speed_table(rows: dict[str, dict[str, Any]]) -> str:
-    shares = {n: [100 * share for share in r["share_of_matmul"]["rounds"]] for n, r in rows.items()}
-    peaks = {n: r["peak_memory_gib"] for n, r in rows.items()}
-    return table(
-        "training step",
-        {
-            "pictures/s": {n: show(r["pictures_per_s"]["rounds"]) for n, r in rows.items()},
-            "share of matmul rate": {n: show(share, "%") for n, share in shares.items()},
-            "peak memory": {n: f"{p:.1f} GiB" if p else "-" for n, p in peaks.items()},
-            "warm-up": {n: f"{r['warm_up_s']:.1f} s" for n, r in rows.items()},
-        },
-    )

@@ -6,20 +6,17 @@ python benchmarks/gpu_stages.py --stage speed --toy              # in miniature,
 
 import functools
 import os
-import shlex
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import pytest
 import torch
+
 from common import table
 from gpu_job import Job, StageConfig, StageName
 from gpu_speed import compile_ahead, speed
@@ -85,18 +82,15 @@ def sampling(job: Job) -> None:
     few = SamplingConfig(scheduler="ddpm", num_inference_steps=10 if job.toy else 12)
     bench = with_reference(open_bench(network, job.data, str(job.device)))
     sweep = f"--scheduler ddpm --num_inference_steps {few.num_inference_steps} --num_seeds 1 "
-    sweep += f"--num_fd_samples 0 --wandb disabled --device {job.device} "
-    sweep += "--scale_max 2 --scale_step 1" if job.toy else ""
-    where = ["--ckpt_path", network, "--output_dir", job.work / "result",
-             "--data_dir", job.work / "data"]  # fmt: skip
+    sweep += "--num_fd_samples 0 " + ("--scale_max 2 --scale_step 1" if job.toy else "")
+    argv = job.argv(sweep, ckpt_path=network, output_dir=job.work / "result")
     shutil.rmtree(job.work / "result" / bench.run_name / "guidance_scale", ignore_errors=True)
     count = 8 if job.toy else 2048
     label = f"{bench.run_name}, DDPM {few.num_inference_steps}"
     splits(job, label, bench, few)
     clock(job, f"Frechet distance of {count}, {label}", count,
           lambda: draw_frechet(bench, few, 0, count, progress=False))  # fmt: skip
-    clock(job, f"sweep of 19 scales, {label}", 19 * 64,
-          lambda: guidance_scale.main([*shlex.split(sweep), *map(str, where)]))  # fmt: skip
+    clock(job, f"sweep of 19 scales, {label}", 19 * 64, lambda: guidance_scale.main(argv))
     if found is not None:
         full = open_bench(found, job.data, str(job.device))
         for name in ("ddim", "ddpm"):

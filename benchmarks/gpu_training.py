@@ -1,7 +1,6 @@
 """Stages of gpu_session.py: trainings of some minutes, drawn and judged."""
 
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -10,13 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
 from common import show, table
 from gpu_job import CHOICES, ORIGINAL, SMALL, TOY_STEPS, Job, free_memory
 from gpu_speed import measure
-from PIL import Image
 from training_runs import NEVER, records
 
 import export
@@ -35,22 +34,27 @@ PART = 15 * 2**20
 def train_run(job: Job, name: str, flags: str, seconds: float) -> list[dict[str, Any]]:
     """src/train.py; when time is up it is stopped, and saves. Returns its records."""
     shutil.rmtree(job.work / "runs" / name, ignore_errors=True)  # of a session before
-    flags += f" --run_name {name} --epochs {NEVER} --save_interval {NEVER} --wandb disabled"
+    free_memory()
+    always = f"--run_name {name} --epochs {NEVER} --save_interval {NEVER} --log_interval 10"
+    flags = f"{always} --preview_steps {5 if job.toy else 25} {flags}"
     print(f"\n$ python src/train.py {flags}", flush=True)
-    where = ["--output_dir", job.work / "runs", "--data_dir", job.work / "data",
-             "--device", job.device]  # fmt: skip
     clock = threading.Timer(max(seconds, 1), os.kill, (os.getpid(), signal.SIGTERM))
     # Before the training listens and after it has stopped listening, the signal ends it, too.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     clock.start()
     try:
-        train.main([*shlex.split(flags), *map(str, where)])
+        train.main(job.argv(flags, output_dir=job.work / "runs"))
     except SystemExit:
         print(f"{name}: stopped before its last step", flush=True)
     finally:
         clock.cancel()
         signal.signal(signal.SIGTERM, before)
     return records(job.work / "runs" / name)
+
+
+def epochs_between(job: Job, previews: int, seen: int) -> int:
+    """Epochs from one preview to the next, for so many in a training on `seen` pictures."""
+    return max(1, round(seen / read_json(job.work / "data.json")["pictures"] / previews))
 
 
 def previews(found: list[dict[str, Any]]) -> str:
@@ -75,23 +79,18 @@ def compile_or_not(
 def small(job: Job) -> None:
     """Train the widened small network for the time there is, draw with it, and judge it."""
     config, since = job.settings(SMALL), time.time()
-    rows = {}
-    if (job.work / "speed.json").exists():
-        rows = read_json(job.work / "speed.json").get("variants", {})
-    eager, compiled = rows.get(SMALL), rows.get(f"{SMALL}, compiled")
-    if eager is None:
-        eager = measure(job, config, 1.0)
-        free_memory()
+    speed = job.work / "speed.json"
+    rows = read_json(speed).get("variants", {}) if speed.exists() else {}
+    eager = rows.get(SMALL) or measure(job, config)
+    compiled = rows.get(f"{SMALL}, compiled")
     seconds = job.left() - (0 if job.toy else 35)  # to draw, judge and export
     compiles, rate, warm_up = compile_or_not(eager, compiled, seconds)
     # What previews, loader and start take is left over: the learning rate must come to its end.
     steps = int(0.9 * rate * (seconds - warm_up - 5) / config.batch_size)
     steps = TOY_STEPS if job.toy else max(steps, 100)
-    pictures = read_json(job.work / "data.json")["pictures"]
-    interval = max(1, round(steps * config.batch_size / pictures / 6))
     flags = f"{job.flags(SMALL)} --max_train_steps {steps} --lr_warmup_steps {steps // 50} "
-    flags += f"--ema_decay {max(0.9, 1 - 10 / steps):.5f} --sample_interval {interval} "
-    flags += f"--preview_steps {5 if job.toy else 25} --log_interval 10"
+    flags += f"--ema_decay {max(0.9, 1 - 10 / steps):.5f} "
+    flags += f"--sample_interval {epochs_between(job, 6, steps * config.batch_size)}"
     flags += " --compile" if compiles else ""
     found = train_run(job, "small", flags, seconds)
     minutes, seen = found[-1]["minutes"], found[-1]["step"] * config.batch_size
@@ -127,10 +126,8 @@ def draw_and_judge(job: Job, network: Path) -> None:
             print(f"no time for {label}", flush=True)
             continue
         flags = f"--scheduler ddpm --num_inference_steps {count} --num_seeds {seeds} "
-        flags += f"--num_fd_samples 0 --wandb disabled --device {job.device}"
-        where = ["--ckpt_path", path, "--output_dir", job.work / "result",
-                 "--data_dir", job.work / "data"]  # fmt: skip
-        report = test.main([*shlex.split(flags), *map(str, where)])
+        flags += "--num_fd_samples 0"
+        report = test.main(job.argv(flags, ckpt_path=path, output_dir=job.work / "result"))
         judged[label] = {"figures": report["figures"], "judge": report["judge"]}
         for split, figures in report["figures"].items():
             for figure in ("accuracy", "exact_sets"):
@@ -139,10 +136,7 @@ def draw_and_judge(job: Job, network: Path) -> None:
         if len(judged) == 1:
             (folder,) = (job.work / "result" / "standin-gpu").glob(f"*-{report['settings']}")
             grids = [Image.open(folder / f"{split}_grid.png") for split in report["figures"]]
-            both = Image.new("RGB", (grids[0].width, sum(g.height for g in grids)))
-            for number, picture in enumerate(grids):
-                both.paste(picture, (0, number * grids[0].height))
-            save_image(both, job.out / "pictures.png")
+            save_image(Image.fromarray(np.concatenate(grids)), job.out / "pictures.png")
         job.note(judged=judged)
     job.note(f"{table('network, sampling', columns)}\n\n{seeds} seeds, guidance 3, unguided by the "
              "judge (the stand-in's)")  # fmt: skip
@@ -150,20 +144,18 @@ def draw_and_judge(job: Job, network: Path) -> None:
 
 def recipes(job: Job) -> None:
     """Both recipes on the full-size network, equally long: accuracy of previews over time."""
-    pictures = read_json(job.work / "data.json")["pictures"]
-    runs: dict[str, list[dict[str, Any]]] = {}
-    rates = {}
-    for name in (ORIGINAL, CHOICES):
-        rates[name] = measure(job, job.settings(name), 1.0)["pictures_per_s"]["median"]
-        free_memory()
+    rates = {
+        name: measure(job, job.settings(name))["pictures_per_s"]["median"]
+        for name in (ORIGINAL, CHOICES)
+    }
     each = job.left() / 2 - (0 if job.toy else 3)
+    runs: dict[str, list[dict[str, Any]]] = {}
     for number, (name, rate) in enumerate(rates.items()):
-        config = job.settings(name)
+        batch = job.settings(name).batch_size
         # Ten seconds for start, previews and a checkpoint of some gigabytes.
-        steps = TOY_STEPS if job.toy else max(50, int(rate * (each - 12) / config.batch_size))
-        interval = max(1, round(steps * config.batch_size / pictures / 5))
-        flags = f"{job.flags(name)} --max_train_steps {steps} --sample_interval {interval} "
-        flags += f"--preview_steps {5 if job.toy else 25} --log_interval 10"
+        steps = TOY_STEPS if job.toy else max(50, int(rate * (each - 12) / batch))
+        flags = f"{job.flags(name)} --max_train_steps {steps} "
+        flags += f"--sample_interval {epochs_between(job, 5, steps * batch)}"
         found = train_run(job, f"full-{number}", flags, each)
         runs[name] = [r for r in found if "preview_accuracy" in r]
         job.note(

@@ -3,17 +3,18 @@
     python benchmarks/input_pipeline.py
 
 Makes PNG files of 320x240 in a temporary folder, in the course's layout, and reads whole epochs
-of them by turns: with src/dataset.py's loader, and with a usual torch DataLoader (Pillow,
+of them by turns: with src/train.py's loader, and with a usual torch DataLoader (Pillow,
 torchvision's Resize, flip, normalise, in worker processes that stay alive). The files have just
-been written, so neither waits for the disk. Then trains a small network with src/dataset.py's
-loader, and measures the share of time for which the step waits for its batch. Prints tables, and
-writes output/benchmarks/input_pipeline.json.
+been written, so neither waits for the disk. Then trains a small network with src/train.py's loader,
+and measures the share of time for which the step waits for its batch. Prints tables, and writes
+output/benchmarks/input_pipeline.json.
 """
 
-import sys
+import functools
+import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +26,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
-from common import interleave, machine, ratios, show, spread, synchronize, table
+from common import describe, interleave, machine, ratios, show, spread, synchronize, table
 
 from diffusion.schedule import make_scheduler
 from iclevr.dataset import get_dataloader, read_objects, read_train
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture
-from iclevr.scene import NAMES, PICTURES, make_conditions, sample_labels
-from render_iclevr import file_names
+from iclevr.scene import PICTURES
+from render_iclevr import file_names, write_labels
 from runtime.device import autocast_dtype, pick_device
 from runtime.files import write_json
 from runtime.settings import (
@@ -52,6 +51,8 @@ from runtime.settings import (
 from training.recipes import RECIPES
 from training.step import build_state, train_step
 
+SCHEDULED = 10**6
+"""Steps of the learning rate's schedule, of which the measurement is a short part."""
 SCENES = 8
 """Sequences that are rendered, of three pictures each; the files are noisy copies of these."""
 NOISE = 1.0
@@ -64,11 +65,11 @@ class PipelineConfig(Settings):
     """Measure the cached loader against one that decodes PNG files in every epoch."""
 
     num_pictures: PositiveInt = 3000
-    """PNG files to make."""
+    """PNG files to make; rounded up to whole sequences of three."""
     batch_size: PositiveInt = 64
     """Pictures of one batch."""
     num_workers: NonNegativeInt = 2
-    """Processes of the decoding loader; src/dataset.py's has none, as in src/train.py."""
+    """Processes of the decoding loader; src/train.py's has none, as in src/train.py."""
     rounds: PositiveInt = 5
     """Epochs of each loader, by turns, and measurements of the training loop."""
     steps: PositiveInt = 8
@@ -86,14 +87,12 @@ class DecodingDataset(Dataset):
     def __init__(self, data_dir: Path, image_size: int):
         self.image_dir = data_dir / "iclevr"
         self.names, self.labels = read_train(data_dir, read_objects(data_dir))
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize((image_size, image_size)),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize([0.5] * 3, [0.5] * 3),
-            ]
-        )
+        self.transform = transforms.Compose([
+            transforms.Resize((image_size, image_size)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ])  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.names)
@@ -103,46 +102,41 @@ class DecodingDataset(Dataset):
             return self.transform(image.convert("RGB")), self.labels[index]
 
 
-def make_pictures(folder: Path, count: int) -> float:
-    """Write `count` PNG files and their JSON files; returns the mean size in bytes."""
-    image_dir = folder / "iclevr"
-    image_dir.mkdir()
-    scenes = []
-    for i in range(min(SCENES * PICTURES, count)):
-        sequence = sample_sequence(0, i // PICTURES)
-        scenes.append(render_picture(sequence, i % PICTURES + 1, width=320, height=240))
+def make_pictures(folder: Path, sequences: int) -> float:
+    """Write PNG files, three a sequence, and their JSON files; returns the mean size in bytes."""
+    write_labels(folder, 0, sequences)
+    (folder / "iclevr").mkdir()
+    scenes = {}
+    for i in range(min(SCENES, sequences)):
+        sequence = sample_sequence(0, i)
+        for k in range(PICTURES):
+            scenes[i, k] = render_picture(sequence, k + 1, width=320, height=240)
 
-    def write(i: int) -> tuple[str, list[str]]:
-        sequence, k = divmod(i, PICTURES)
-        name = file_names(sequence)[k]
-        scene = scenes[i % len(scenes)]
-        noise = NOISE * np.random.default_rng(i).standard_normal(scene.shape, np.float32)
+    def write(number: int) -> int:
+        i, k = divmod(number, PICTURES)
+        scene, path = scenes[i % SCENES, k], folder / "iclevr" / file_names(i)[k]
+        noise = NOISE * np.random.default_rng(number).standard_normal(scene.shape, np.float32)
         picture = (scene + noise).round().clip(0, 255).astype(np.uint8)
-        Image.fromarray(picture).save(image_dir / name)
-        labels = sample_labels(0, sequence % SCENES)
-        return name, [NAMES[n] for n in labels[: k + 1]]
+        Image.fromarray(picture).save(path)
+        return path.stat().st_size
 
     with ThreadPoolExecutor() as pool:
-        entries = dict(pool.map(write, range(count)))
-    test, new_test = make_conditions(seed=0)
-    write_json(folder / "objects.json", {name: n for n, name in enumerate(NAMES)})
-    write_json(folder / "train.json", entries)
-    write_json(folder / "test.json", test)
-    write_json(folder / "new_test.json", new_test)
-    return sum((image_dir / name).stat().st_size for name in entries) / count
+        return sum(pool.map(write, range(sequences * PICTURES))) / (sequences * PICTURES)
 
 
-class Epochs:
-    """Whole epochs of a loader; calling it reads one, in pictures/s."""
+def cached_loader(folder: Path, config: TrainConfig, device: torch.device) -> DataLoader:
+    """The one that src/train.py uses."""
+    return get_dataloader(
+        folder, folder / "iclevr", "train", config.batch_size,
+        image_size=config.model.image_size, pin_memory=device.type == "cuda",
+    )  # fmt: skip
 
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
-        self()  # starts the workers, and brings all files into memory
 
-    def __call__(self) -> float:
-        since = time.perf_counter()
-        pictures = sum(len(images) for images, _ in self.loader)
-        return pictures / (time.perf_counter() - since)
+def read_epoch(loader: DataLoader) -> float:
+    """Pictures/s of a whole epoch."""
+    since = time.perf_counter()
+    pictures = sum(len(images) for images, _ in loader)
+    return pictures / (time.perf_counter() - since)
 
 
 class Waiting:
@@ -151,13 +145,12 @@ class Waiting:
     On a GPU, which works on while the next batch is made, this is the most it can be.
     """
 
-    def __init__(self, loader: DataLoader, config: PipelineConfig, device: torch.device):
-        self.device, self.steps = device, config.steps
-        self.batches = endless(loader)
-        self.config = TrainConfig(batch_size=config.batch_size, model=config.model)
-        self.dtype = autocast_dtype(self.config.mixed_precision, device)
-        self.scheduler = make_scheduler(self.config.noise)
-        self.state = build_state(self.config, 1 + config.rounds * config.steps, device)
+    def __init__(self, loader: DataLoader, config: TrainConfig, device: torch.device, steps: int):
+        self.config, self.device, self.steps = config, device, steps
+        self.batches = (batch for _ in itertools.count() for batch in loader)
+        self.dtype = autocast_dtype(config.mixed_precision, device)
+        self.scheduler = make_scheduler(config.noise)
+        self.state = build_state(config, SCHEDULED, device)
         self.seconds_a_step: list[float] = []
         self.train(steps=1)
 
@@ -182,70 +175,57 @@ class Waiting:
         return waited / total
 
 
-def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches, epoch after epoch."""
-    while True:
-        yield from loader
-
-
 def measure(config: PipelineConfig, device: torch.device, folder: Path) -> None:
-    print(f"making {config.num_pictures} pictures", flush=True)
-    size = make_pictures(folder, config.num_pictures)
-    pin_memory = device.type == "cuda"
+    sequences = -(-config.num_pictures // PICTURES)
+    count, side = sequences * PICTURES, config.model.image_size
+    print(f"making {count} pictures", flush=True)
+    size = make_pictures(folder, sequences)
+    training = TrainConfig(batch_size=config.batch_size, model=config.model)
     since = time.perf_counter()
-    cached = get_dataloader(
-        folder, folder / "iclevr", "train", config.batch_size,
-        image_size=config.model.image_size, pin_memory=pin_memory,
-    )  # fmt: skip
+    cached = cached_loader(folder, training, device)
     building = time.perf_counter() - since
     decoding = DataLoader(
-        DecodingDataset(folder, config.model.image_size),
-        config.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=config.num_workers,
-        persistent_workers=config.num_workers > 0,
-        pin_memory=pin_memory,
-    )
+        DecodingDataset(folder, side), config.batch_size, shuffle=True, drop_last=True,
+        num_workers=config.num_workers, persistent_workers=config.num_workers > 0,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
     check_same(cached.dataset, decoding.dataset)
-    rates = interleave({OURS: Epochs(cached), DECODING: Epochs(decoding)}, config.rounds)
+    for loader in (cached, decoding):  # starts the workers, and brings all files into memory
+        read_epoch(loader)
+    loaders = {OURS: cached, DECODING: decoding}
+    readers = {name: functools.partial(read_epoch, loader) for name, loader in loaders.items()}
+    rates = interleave(readers, config.rounds)
     ratio = ratios(rates[OURS], rates[DECODING])
-    del decoding  # ends its workers
-    waiting = Waiting(cached, config, device)
+    waiting = Waiting(cached, training, device, config.steps)
     waits = interleave({"wait for data": waiting}, config.rounds)["wait for data"]
 
     where = machine(device)
-    write_json(
-        config.out,
-        {
-            "machine": where,
-            "settings": to_dict(config),
-            "mean_png_bytes": size,
-            "pictures_per_s": {name: spread(values) for name, values in rates.items()},
-            "ratio": spread(ratio),
-            "cache_building_s": building,
-            "share_of_training_waiting": spread(waits),
-            "seconds_a_training_step": spread(waiting.seconds_a_step),
-        },
-    )
-    print(f"\n{', '.join(f'{key} {value}' for key, value in where.items())}")
-    print(
-        f"{config.num_pictures} PNG files of 320x240, {size / 1000:.0f} kB each, to "
-        f"{config.model.image_size}x{config.model.image_size}, batch {config.batch_size}; "
-        f"median [range] of {config.rounds} epochs each, by turns\n"
-    )
+    report = {
+        "machine": where,
+        "settings": to_dict(config),
+        "mean_png_bytes": size,
+        "pictures_per_s": {name: spread(values) for name, values in rates.items()},
+        "ratio": spread(ratio),
+        "cache_building_s": building,
+        "share_of_training_waiting": spread(waits),
+        "seconds_a_training_step": spread(waiting.seconds_a_step),
+    }
+    write_json(config.out, report)
     decoder = f"{DECODING}, {config.num_workers} workers"
     rows = {OURS: show(rates[OURS]), decoder: show(rates[DECODING]), "ratio": show(ratio)}
-    print(table("input", {"pictures/s": rows}))
-    print(
-        f"\nBuilding the cache, once for all runs: {building:.1f} s "
-        f"({config.num_pictures / building:,.0f} pictures/s)."
-    )
-    print(
-        f"A training loop with it waits {show([100 * share for share in waits], '%')} of the time "
-        f"for data ({show([1000 * s for s in waiting.seconds_a_step])} ms a step of "
-        f"{config.batch_size}, {config.rounds} times {config.steps} steps).\n\n{config.out}"
-    )
+    print(f"""
+{describe(where)}
+{count} PNG files of 320x240, {size / 1000:.0f} kB each, to {side}x{side}, batch \
+{config.batch_size}; median [range] of {config.rounds} epochs each, by turns
+
+{table("input", {"pictures/s": rows})}
+
+Building the cache, once for all runs: {building:.1f} s ({count / building:,.0f} pictures/s).
+A training loop with it waits {show([100 * share for share in waits], "%")} of the time for data \
+({show([1000 * s for s in waiting.seconds_a_step])} ms a step of {config.batch_size}, \
+{config.rounds} times {config.steps} steps).
+
+{config.out}""")
 
 
 def check_same(cached: Dataset, decoding: Dataset) -> None:

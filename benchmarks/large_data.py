@@ -8,8 +8,11 @@ src/train.py, and looks at the memory that is not the file's own pages (Linux: R
 not grow. Writes table and JSON to output/benchmarks/large_data/.
 """
 
+import contextlib
 import json
+import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,24 +21,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import numpy as np
+
 from common import machine, show, spread, table
 
-from iclevr.dataset import CHECK_EACH, encode_labels, keep_list, list_file
-from iclevr.scene import NAMES
+from iclevr.dataset import CHECK_EACH, keep_list, list_file, read_train
+from iclevr.scene import OBJECTS, PICTURES
+from render_iclevr import write_labels
 from runtime.device import pick_device
 from runtime.files import make_folder, write_json
 from runtime.settings import ROOT, PositiveInt, Settings, UserError, parse_args, run
 
 OPEN = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from iclevr.dataset import IclevrDataset
-since = time.perf_counter()
-data = IclevrDataset(Path(sys.argv[2]), Path(sys.argv[2]) / "iclevr", "train", 64)
+since, folder = time.perf_counter(), Path(sys.argv[1])
+data = IclevrDataset(folder, folder / "iclevr", "train", 64)
 data[len(data) - 1]
 print(time.perf_counter() - since)
 """
@@ -47,7 +49,7 @@ class LargeConfig(Settings):
     """Open and train on a million pictures."""
 
     pictures: PositiveInt = 10**6
-    """How many there are."""
+    """How many there are; rounded up to whole sequences of three."""
     steps: PositiveInt = 400
     """Optimiser steps of the training, of 64 pictures."""
     rounds: PositiveInt = 5
@@ -56,44 +58,30 @@ class LargeConfig(Settings):
     """Data, run and results go in here."""
 
 
-def make_data(folder: Path, count: int) -> None:
+def make_data(folder: Path, sequences: int) -> None:
     """The JSON files, and a cache that is a hole."""
-    objects = {name: index for index, name in enumerate(NAMES)}
-    rng = np.random.default_rng(0)
-    chosen = rng.integers(0, len(NAMES), count).tolist()
-    names = [f"CLEVR_train_{i // 3:07d}_{i % 3}.png" for i in range(count)]
-    conditions = [[name] for name in NAMES]
     (folder / "iclevr").mkdir(parents=True, exist_ok=True)
-    for file, value in (
-        ("objects", objects),
-        ("train", {name: [NAMES[k]] for name, k in zip(names, chosen, strict=True)}),
-        ("test", conditions),
-        ("new_test", conditions),
-    ):
-        (folder / f"{file}.json").write_text(json.dumps(value), encoding="utf-8")
+    write_labels(folder, 0, sequences)
+    names, labels = read_train(folder, OBJECTS)
     cache = folder / ".cache" / "64px-hole.npy"
     cache.parent.mkdir(exist_ok=True)
-    np.lib.format.open_memmap(cache, mode="w+", dtype=np.uint8, shape=(count, 3, 64, 64))
-    each = encode_labels([NAMES[0]], objects).new_zeros(len(NAMES), len(NAMES))
-    for k, name in enumerate(NAMES):
-        each[k] = encode_labels([name], objects)
-    kept = list_file(folder, folder / "iclevr", 64, cache.parent)
-    keep_list(kept, names, each[chosen], cache)
+    np.lib.format.open_memmap(cache, mode="w+", dtype=np.uint8, shape=(len(names), 3, 64, 64))
+    keep_list(list_file(folder, folder / "iclevr", 64, cache.parent), names, labels, cache)
 
 
 def seconds_to_open(folder: Path) -> float:
-    command = [sys.executable, "-c", OPEN, str(ROOT / "src"), str(folder)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-c", OPEN, str(folder.resolve())]
+    opened = subprocess.run(command, cwd=ROOT / "src", check=True, capture_output=True, text=True)
+    return float(opened.stdout)
 
 
 def memory(pid: int) -> float | None:
     """MB that a process holds itself, files it has mapped left out; None when it has ended."""
-    try:
+    with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return None
-    found = [line for line in status.splitlines() if line.startswith("RssAnon")]
-    return int(found[0].split()[1]) / 1024 if found else None
+        if found := re.search(r"RssAnon:\s+(\d+) kB", status):
+            return int(found[1]) / 1024
+    return None
 
 
 def train(folder: Path, steps: int, output: Path) -> list[tuple[int, float]]:
@@ -101,10 +89,8 @@ def train(folder: Path, steps: int, output: Path) -> list[tuple[int, float]]:
     flags = f"{TINY} --max_train_steps {steps} --run_name run --log_interval 10 --wandb disabled"
     flags += f" --data_dir {shlex.quote(str(folder))} --output_dir {shlex.quote(str(output))}"
     flags += f" --preview_steps 5 --sample_interval {10**6}"
+    shutil.rmtree(output / "run", ignore_errors=True)
     log = output / "run" / "metrics.jsonl"
-    log.unlink(missing_ok=True)
-    for old in (output / "run" / "checkpoints").glob("*.pth"):
-        old.unlink()
     found = []
     process = subprocess.Popen([sys.executable, str(ROOT / "src/train.py"), *shlex.split(flags)])
     try:
@@ -129,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise UserError(f"--pictures {config.pictures}: only more than {CHECK_EACH} count as many")
     make_folder(config.output_dir)
     folder = config.output_dir / "data"
-    make_data(folder, config.pictures)
+    sequences = -(-config.pictures // PICTURES)
+    make_data(folder, sequences)
+    count = sequences * PICTURES
     opened = [seconds_to_open(folder) for _ in range(config.rounds)]
     held = train(folder, config.steps, config.output_dir)
     halfway = [mb for step, mb in held if config.steps * 0.1 <= step <= config.steps * 0.5]
@@ -138,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise UserError(f"--steps {config.steps}: too few to see the memory grow")
     growth = statistics.median(after) - statistics.median(halfway)
     report = {
-        "pictures": config.pictures,
-        "cache_bytes": config.pictures * 3 * 64**2,
+        "pictures": count,
+        "cache_bytes": count * 3 * 64**2,
         "seconds_to_open": spread(opened),
         "memory_mb": held,
         "growth_mb": growth,
@@ -152,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "memory, second half": show(after, " MB"),
         "growth of the median": f"{growth:+.1f} MB",
     }
-    print(table("figure", {f"{config.pictures:,} pictures": rows}))
+    print(table("figure", {f"{count:,} pictures": rows}))
     return report
 
 

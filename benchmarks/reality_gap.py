@@ -8,13 +8,12 @@ writes benchmarks/reality_gap.json.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+import common  # noqa: F401, puts src/ on the path
 
 from iclevr.dataset import SHIPPED_EVALUATOR, SPLITS, normalize, read_conditions, read_objects
 from iclevr.image_cache import read_image

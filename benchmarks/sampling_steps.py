@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import matplotlib.pyplot as plt
 import numpy as np
+
 from common import (
     interleave,
     machine,

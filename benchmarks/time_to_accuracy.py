@@ -9,15 +9,13 @@ original recipe here drops conditions picture by picture, not batch by batch as 
 Writes table, chart and JSON to output/benchmarks/time_to_accuracy/; a second start goes on.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 import matplotlib.pyplot as plt
 import numpy as np
+
 from common import model_flags
 from training_runs import minutes_trained, plan_runs, score_all, train_all
 

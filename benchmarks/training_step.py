@@ -10,11 +10,11 @@ output/benchmarks/training_step.json.
 """
 
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import diffusers
@@ -23,9 +23,7 @@ import torch.nn.functional as F
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
-from common import interleave, machine, ratios, show, spread, synchronize, table
+from common import describe, interleave, machine, ratios, show, spread, synchronize, table
 
 from diffusion.loss import draw_timesteps, drop_labels, training_loss
 from diffusion.schedule import make_scheduler
@@ -85,7 +83,7 @@ class DiffusersModel(nn.Module):
         self.class_embedding = DiffusionModel(config).class_embedding
         self.patch_size = config.patch_size
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, features: None = None) -> Tensor:
         patches = F.pixel_unshuffle(x_t, self.patch_size)
         prediction = self.unet(patches, t, self.class_embedding(labels)).sample
         return F.pixel_shuffle(prediction, self.patch_size)
@@ -126,11 +124,9 @@ class Variant:
                 model.load_state_dict(weights)
             model.to(memory_format=layout)
         if example:
-            optimizer = torch.optim.AdamW(self.state.model.parameters(), config.lr)
-            lr_scheduler = get_cosine_schedule_with_warmup(
-                optimizer, config.lr_warmup_steps, SCHEDULED
-            )
-            self.state = replace(self.state, optimizer=optimizer, lr_scheduler=lr_scheduler)
+            adamw = torch.optim.AdamW(self.state.model.parameters(), config.lr)
+            rates = get_cosine_schedule_with_warmup(adamw, config.lr_warmup_steps, SCHEDULED)
+            self.state = replace(self.state, optimizer=adamw, lr_scheduler=rates)
         if compiled:
             self.state.model.compile()
 
@@ -217,20 +213,18 @@ def build_variants(config: StepConfig, device: torch.device) -> dict[str, Varian
     weights = DiffusionModel(config.model).state_dict()
     settings = TrainConfig(batch_size=config.batch_size, model=config.model)
     variants = {}
+
+    def add(name: str, precision: str, *options: Any, **more: Any) -> None:
+        print(f"warm-up: {name}", flush=True)
+        config_of = replace(settings, mixed_precision=precision)
+        variants[name] = Variant(config_of, device, config.steps, *options, **more)
+
     for compiled in (False, True) if config.compile else (False,):
         for precision, dtype in PRECISIONS.items():
             for name, kind in (("ours", DiffusionModel), ("diffusers", DiffusersModel)):
-                name += f", {dtype}" + (", compiled" if compiled else "")
-                print(f"warm-up: {name}", flush=True)
-                of_precision = replace(settings, mixed_precision=precision)
-                variants[name] = Variant(
-                    of_precision, device, config.steps, kind, weights, compiled
-                )  # fmt: skip
-    print(f"warm-up: {EXAMPLE}", flush=True)
-    plain = replace(settings, mixed_precision="no")
-    variants[EXAMPLE] = Variant(
-        plain, device, config.steps, DiffusersModel, weights, example=True
-    )  # fmt: skip
+                name = f"{name}, {dtype}{', compiled' * compiled}"
+                add(name, precision, kind, weights, compiled)
+    add(EXAMPLE, "no", DiffusersModel, weights, example=True)
     losses = torch.stack([variant.first_loss for variant in variants.values()])
     same = (losses / losses[0] - 1).abs().max() < 0.01
     assert same or config.model.dropout, f"not the same network: {losses}"
@@ -240,91 +234,89 @@ def build_variants(config: StepConfig, device: torch.device) -> dict[str, Varian
 def pairs(config: StepConfig, device: torch.device) -> dict[str, tuple[str, str]]:
     """What is compared with what: a label, and the names of two variants."""
     found = {}
-    for dtype in PRECISIONS.values():
-        found[f"ours / diffusers, {dtype}"] = (f"ours, {dtype}", f"diffusers, {dtype}")
-    if config.compile:
+    for more in ("", ", compiled") if config.compile else ("",):
         for dtype in PRECISIONS.values():
-            a, b = f"ours, {dtype}, compiled", f"diffusers, {dtype}, compiled"
-            found[f"ours / diffusers, {dtype}, compiled"] = (a, b)
-            found[f"ours compiled / not, {dtype}"] = (a, f"ours, {dtype}")
+            ours = f"ours, {dtype}{more}"
+            found[f"ours / diffusers, {dtype}{more}"] = (ours, f"diffusers, {dtype}{more}")
+            if more:
+                found[f"ours compiled / not, {dtype}"] = (ours, f"ours, {dtype}")
     bf16 = autocast_dtype(TrainConfig.mixed_precision, device) == torch.bfloat16
     defaults = f"ours, {PRECISIONS['bf16' if bf16 else 'no']}"
     found[f"src/train.py's defaults ({defaults}) / {EXAMPLE}"] = (defaults, EXAMPLE)
     return found
 
 
+def flops_a_picture(config: ModelConfig) -> float:
+    """Of a training step: its backward pass costs twice the forward pass."""
+    return 3 * stages(config)[2]
+
+
+def row_of(variant: Variant, rates: Sequence[float], matmul_rate: float) -> dict[str, Any]:
+    """A variant's figures, JSON-able; `rates` in pictures/s, `matmul_rate` in FLOP/s."""
+    flops = flops_a_picture(variant.config.model)
+    return {
+        "pictures_per_s": spread(rates),
+        "share_of_matmul": spread([rate * flops / matmul_rate for rate in rates]),
+        "peak_memory_bytes": variant.peak,
+        "warm_up_s": variant.warm_up,
+    }
+
+
+def step_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown of what `row_of` has found."""
+    shares = {n: [100 * x for x in row["share_of_matmul"]["rounds"]] for n, row in rows.items()}
+    peaks = {name: row["peak_memory_bytes"] for name, row in rows.items()}
+    columns = {
+        "pictures/s": {n: show(row["pictures_per_s"]["rounds"]) for n, row in rows.items()},
+        "share of matmul rate": {n: show(share, "%") for n, share in shares.items()},
+        "peak memory": {n: f"{p / 2**20:,.0f} MiB" if p else "-" for n, p in peaks.items()},
+        f"warm-up, {WARM_UP} steps": {n: f"{r['warm_up_s']:.1f} s" for n, r in rows.items()},
+    }
+    return table("training step", columns)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    recipe = parse_args(StepConfig, argv).recipe
-    config = parse_args(
-        StepConfig,
-        argv,
-        replace(StepConfig(), model=RECIPES[recipe].model, batch_size=RECIPES[recipe].batch_size),
-    )
+    recipe = RECIPES[parse_args(StepConfig, argv).recipe]
+    default = StepConfig(model=recipe.model, batch_size=recipe.batch_size)
+    config = parse_args(StepConfig, argv, default)
     if config.model.halve_every_block:
         raise UserError("--halve_every_block: diffusers' network has no such thing; leave it out")
     device = pick_device(config.device)
-    flops = 3 * stages(config.model)[2]  # the backward pass costs twice the forward pass
     matmuls = {  # first: what cuBLAS allocates is no variant's memory
         f"matmul, {dtype}": Matmul(device, getattr(torch, dtype)) for dtype in PRECISIONS.values()
     }
     variants = build_variants(config, device)
-    measured: dict[str, Callable[[], float]] = {**variants, **matmuls}
-    rates = interleave(measured, config.rounds)
-
+    rates = interleave({**variants, **matmuls}, config.rounds)
     # By the median: one multiplication that the system interrupts would spoil its whole round.
     peaks = {name: statistics.median(rates[name]) for name in matmuls}
-    shares = {
-        name: [rate * flops / peaks[f"matmul, {_dtype(variant)}"] for rate in rates[name]]
+    rows = {
+        name: row_of(variant, rates[name], peaks[f"matmul, {_dtype(variant)}"])
         for name, variant in variants.items()
     }
-    compared = {
-        label: ratios(rates[a], rates[b]) for label, (a, b) in pairs(config, device).items()
-    }
+    compared = {name: ratios(rates[a], rates[b]) for name, (a, b) in pairs(config, device).items()}
+    flops = flops_a_picture(config.model)
     where = machine(device) | {"diffusers": diffusers.__version__}
-    write_json(
-        config.out,
-        {
-            "machine": where,
-            "settings": to_dict(config),
-            "training_flops_per_picture": flops,
-            "variants": {
-                name: {
-                    "pictures_per_s": spread(rates[name]),
-                    "share_of_matmul": spread(shares[name]),
-                    "peak_memory_bytes": variant.peak,
-                    "warm_up_s": variant.warm_up,
-                }
-                for name, variant in variants.items()
-            },
-            "matmul_flops_per_s": {name: spread(rates[name]) for name in matmuls},
-            "ratios": {label: spread(values) for label, values in compared.items()},
-        },
-    )
-    columns = {
-        "pictures/s": {name: show(rates[name]) for name in variants},
-        "share of matmul rate": {
-            name: show([100 * share for share in shares[name]], "%") for name in variants
-        },
-        "peak memory": {
-            name: "-" if variant.peak is None else f"{variant.peak / 2**20:,.0f} MiB"
-            for name, variant in variants.items()
-        },
-        f"warm-up, {WARM_UP} steps": {
-            name: f"{variant.warm_up:.1f} s" for name, variant in variants.items()
-        },
+    report = {
+        "machine": where,
+        "settings": to_dict(config),
+        "training_flops_per_picture": flops,
+        "variants": rows,
+        "matmul_flops_per_s": {name: spread(rates[name]) for name in matmuls},
+        "ratios": {label: spread(values) for label, values in compared.items()},
     }
-    matmul_rates = {name: show([rate / 1e12 for rate in rates[name]]) for name in matmuls}
-    print(f"\n{', '.join(f'{key} {value}' for key, value in where.items())}")
+    write_json(config.out, report)
+    print(f"\n{describe(where)}")
     print(
         f"batch {config.batch_size}, {flops / 1e9:.2f} GFLOP a picture and training step; "
         f"median [range] of {config.rounds} rounds of {config.steps} steps\n"
     )
-    print(table("training step", columns))
+    print(step_table(rows))
     if device.type != "cuda":
         print("\nPeak memory is measured on CUDA only: a CPU's process has one peak for all.")
-    ratio_cells = {label: show(values) for label, values in compared.items()}
-    print(f"\n{table('pictures/s, round by round', {'ratio': ratio_cells})}")
-    print(f"\n{table('the machine itself', {'TFLOP/s': matmul_rates})}\n\n{config.out}")
+    cells = {label: show(values) for label, values in compared.items()}
+    print(f"\n{table('pictures/s, round by round', {'ratio': cells})}")
+    cells = {name: show([rate / 1e12 for rate in rates[name]]) for name in matmuls}
+    print(f"\n{table('the machine itself', {'TFLOP/s': cells})}\n\n{config.out}")
 
 
 def _dtype(variant: Variant) -> str:

@@ -14,12 +14,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
-from common import interleave, machine, ratios, show, spread, table
+from common import describe, interleave, machine, ratios, show, spread, table
 from training_runs import NEVER, data_flags, records
 
 from iclevr.dataset import find_data
@@ -70,11 +68,9 @@ def pictures_per_s(checkout: Path, config: CheckoutsConfig) -> float:
         flags += f" --output_dir {shlex.quote(folder)} {data_flags(config.data)} {config.more}"
         done = subprocess.run(
             [sys.executable, str(checkout / "src" / "train.py"), *shlex.split(flags)],
-            capture_output=True,
-            text=True,
+            capture_output=True, text=True, check=False,
             env=os.environ | {"OMP_NUM_THREADS": str(config.threads)},
-            check=False,
-        )
+        )  # fmt: skip
         if done.returncode:
             raise UserError(f"{checkout}: training ends with {done.stderr.splitlines()[-1]!r}")
         (run_dir,) = Path(folder).iterdir()
@@ -88,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if not (config.other / "src" / "train.py").exists():
         raise UserError(f"--other {config.other}: no checkout of this repository")
     paths = find_data(config.data)  # the other checkout's would be its own
-    data = DataConfig(paths.data_dir, paths.image_dir, paths.cache_dir, paths.evaluator)
-    config = CheckoutsConfig(**vars(config) | {"data": data})
+    config = replace(config, data=DataConfig(**vars(paths)))
     checkouts = {"this checkout": ROOT, "the other": config.other}
     rates = interleave(
         {name: lambda path=path: pictures_per_s(path, config) for name, path in checkouts.items()},
@@ -103,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "times_as_fast": spread(ratios(here, other)),
     }
     write_json(config.out, report)
-    print(f"\n{', '.join(f'{key} {value}' for key, value in report['machine'].items())}")
+    print(f"\n{describe(report['machine'])}")
     print(f"recipe {config.recipe}, {config.rounds} rounds of {config.steps} steps\n")
     print(table("training", {"pictures/s": {name: show(r) for name, r in rates.items()}}))
     print(f"\nthis checkout is {show(ratios(here, other))} times as fast\n{config.out}")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture
-from iclevr.scene import NAMES, PICTURES, make_conditions, sample_labels
+from iclevr.scene import NAMES, OBJECTS, PICTURES, make_conditions, sample_labels
 from runtime.files import (
     atomic_write,
     lock_folder,
@@ -78,8 +78,13 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _made_here(config: RenderConfig) -> dict[str, int] | None:
-    """The settings that the folder's pictures were made with; None: it holds none yet.
+def _settings(config: RenderConfig) -> dict[str, int]:
+    """What the pictures follow from."""
+    return {name: getattr(config, name) for name in ("seed", "width", "height", "samples")}
+
+
+def _check_made_here(config: RenderConfig) -> None:
+    """The folder is empty, or its pictures were made by this script with the same settings.
 
     Raises:
         UserError: they were made with others, or elsewhere.
@@ -92,22 +97,14 @@ def _made_here(config: RenderConfig) -> dict[str, int] | None:
                     f"{config.out_dir}: holds {name}, which this script has not made; "
                     "choose another --out_dir"
                 )
-        return None
+        return
     stored = read_json(path, "delete the folder or choose another --out_dir")
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: not a dict of settings; delete the folder or change --out_dir")
     for name, value in _settings(config).items():
         if stored.get(name) != value:
             raise UserError(
                 f"{path}: made with --{name} {stored.get(name)}, not {value}; "
                 f"use --{name} {stored.get(name)} or another --out_dir"
             )
-    return stored
-
-
-def _settings(config: RenderConfig) -> dict[str, int]:
-    """What the pictures follow from."""
-    return {name: getattr(config, name) for name in ("seed", "width", "height", "samples")}
 
 
 def _render_all(config: RenderConfig, jobs: list[tuple[RenderConfig, int, list[int]]]) -> None:
@@ -150,20 +147,32 @@ def _draw_sheet(config: RenderConfig) -> None:
         sheet.save(temporary)
 
 
+def write_labels(folder: Path, seed: int, num_sequences: int) -> None:
+    """The course's four JSON files: objects, both lists of conditions, and what pictures show."""
+    test, new_test = make_conditions(seed)
+    train = {}
+    for i in range(num_sequences):
+        names = [NAMES[n] for n in sample_labels(seed, i)]
+        train |= {name: names[: k + 1] for k, name in enumerate(file_names(i))}
+    files = {"objects": OBJECTS, "test": test, "new_test": new_test, "train": train}
+    for name, content in files.items():
+        write_json(folder / f"{name}.json", content)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(RenderConfig, argv)
-    _made_here(config)  # a folder of something else gets no lock, either
+    _check_made_here(config)  # a folder of something else gets no lock, either
     make_folder(config.out_dir, "--out_dir")
     lock = lock_folder(config.out_dir, "wait for it or choose another --out_dir")
     try:
+        _check_made_here(config)  # since then, another process may have been at work
         _render(config)
     finally:
         lock.release()
 
 
 def _render(config: RenderConfig) -> None:
-    if _made_here(config) is None:
-        write_json(config.out_dir / "render.json", _settings(config))
+    write_json(config.out_dir / "render.json", _settings(config))
     image_dir = config.out_dir / "iclevr"
     make_folder(image_dir, "--out_dir")
     for folder in (config.out_dir, image_dir):
@@ -176,17 +185,10 @@ def _render(config: RenderConfig) -> None:
             jobs.append((config, i, missing))
     if jobs:
         _render_all(config, jobs)
-    test, new_test = make_conditions(config.seed)
-    write_json(config.out_dir / "objects.json", {name: n for n, name in enumerate(NAMES)})
-    write_json(config.out_dir / "test.json", test)
-    write_json(config.out_dir / "new_test.json", new_test)
-    train = {}
-    for i in range(config.num_sequences):
-        names = [NAMES[n] for n in sample_labels(config.seed, i)]
-        train |= {name: names[: k + 1] for k, name in enumerate(file_names(i))}
-    write_json(config.out_dir / "train.json", train)
+    write_labels(config.out_dir, config.seed, config.num_sequences)
     _draw_sheet(config)
-    print(f"{len(train)} pictures in {config.out_dir}; sheet.png shows some")
+    total = config.num_sequences * PICTURES
+    print(f"{total} pictures in {config.out_dir}; sheet.png shows some")
 
 
 if __name__ == "__main__":

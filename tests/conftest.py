@@ -1,6 +1,9 @@
 """A tiny world for the tests: coloured squares instead of scenes, in the course's layout."""
 
 import json
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from iclevr.scene import NAMES
+from iclevr.scene import NAMES, OBJECTS
 from runtime.settings import UserError
 
 SRC = Path(__file__).resolve().parents[1] / "src"
-OBJECTS = {name: index for index, name in enumerate(NAMES)}
 SMALL_NETWORK = [
     "--image_size", "16", "--block_out_channels", "16", "32",
     "--down_block_types", "DownBlock2D", "AttnDownBlock2D",
@@ -30,16 +32,11 @@ def write_world(folder: Path, pictures: int = 12) -> Path:
     for i in range(pictures):
         name = f"CLEVR_train_{i // 3:06d}_{i % 3}.png"
         train[name] = [NAMES[n] for n in rng.permutation(24)[: i % 3 + 1]]
-        Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).save(
-            folder / "iclevr" / name
-        )
+        picture = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
+        picture.save(folder / "iclevr" / name)
     conditions = [[NAMES[n] for n in rng.permutation(24)[: i % 3 + 1]] for i in range(8)]
-    for file, value in (
-        ("objects", OBJECTS),
-        ("train", train),
-        ("test", conditions[:4]),
-        ("new_test", conditions[4:]),
-    ):
+    files = {"objects": OBJECTS, "train": train, "test": conditions[:4], "new_test": conditions[4:]}
+    for file, value in files.items():
         (folder / f"{file}.json").write_text(json.dumps(value))
     return folder
 
@@ -81,6 +78,16 @@ def error_of(main, argv) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> bool:
+    """Whether it came true before the process ended, or two minutes had passed."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.0005)
+    return False
 
 
 class LinearModel(torch.nn.Module):

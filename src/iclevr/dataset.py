@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import hashlib
-import os
 import signal
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from iclevr.image_cache import load_images
-from iclevr.scene import NAMES
+from iclevr.scene import OBJECTS
 from runtime import processes
 from runtime.files import atomic_write, read_json
 from runtime.settings import ROOT, DataConfig, UserError
@@ -51,24 +50,19 @@ def find_data(config: DataConfig) -> DataPaths:
     Raises:
         UserError: nothing there; says how to get either kind of data.
     """
-    if config.data_dir is not None:
-        data_dir = config.data_dir
-        if not data_dir.is_dir():
-            raise UserError(f"--data_dir {data_dir}: no such folder; {HOW_TO_GET_DATA}")
-    else:
-        candidates = [ROOT / "data", ROOT / "data" / "standin"]
-        found = [folder for folder in candidates if (folder / "objects.json").exists()]
-        if not found:
+    data_dir, evaluator = config.data_dir, config.evaluator
+    if data_dir is None:
+        candidates = ROOT / "data", ROOT / "data" / "standin"
+        data_dir = next((path for path in candidates if (path / "objects.json").exists()), None)
+        if data_dir is None:
             raise UserError(f"no data in {candidates[0]}: {HOW_TO_GET_DATA}")
-        data_dir = found[0]
-    evaluator = config.evaluator
+    elif not data_dir.is_dir():
+        raise UserError(f"--data_dir {data_dir}: no such folder; {HOW_TO_GET_DATA}")
     if evaluator is None:
-        weights = [data_dir / "checkpoint.pth", data_dir / "evaluator.pth", SHIPPED_EVALUATOR]
+        weights = (data_dir / name for name in ("checkpoint.pth", "evaluator.pth"))
         evaluator = next((path for path in weights if path.exists()), None)
-        if evaluator == SHIPPED_EVALUATOR and read_objects(data_dir) != {
-            name: n for n, name in enumerate(NAMES)
-        }:
-            evaluator = None  # it knows no other objects than the stand-in's
+        if evaluator is None and read_objects(data_dir) == OBJECTS:  # the shipped one knows no more
+            evaluator = SHIPPED_EVALUATOR
     return DataPaths(
         data_dir,
         config.image_dir or data_dir / "iclevr",
@@ -222,15 +216,12 @@ def open_train(
         UserError: as `read_train` and `image_cache.load_images`.
     """
     kept = list_file(data_dir, image_dir, image_size, cache_dir)
-    if kept.exists():
-        try:
-            with np.load(kept) as file:
-                names = file["names"].tobytes().decode("utf-8", "surrogatepass").split("\n")
-                labels, path = torch.from_numpy(file["labels"]).float(), str(file["cache"])
-            if (cache_dir / path).exists():
-                return names, labels, cache_dir / path
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass  # damaged: read everything again
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # none, damaged
+        with np.load(kept) as file:
+            names = file["names"].tobytes().decode("utf-8", "surrogatepass").split("\n")
+            labels, path = torch.from_numpy(file["labels"]).float(), cache_dir / str(file["cache"])
+        if path.exists():
+            return names, labels, path
     names, labels = read_train(data_dir, objects)
     path = load_images(image_dir, names, image_size, cache_dir)
     if len(names) > CHECK_EACH:
@@ -243,11 +234,10 @@ def open_train(
 def list_file(data_dir: Path, image_dir: Path, image_size: int, cache_dir: Path) -> Path:
     """Where `open_train` keeps the list: named after all that it follows from."""
     sources = hashlib.sha256(str(image_dir.resolve()).encode("utf-8", "surrogateescape"))
-    for name in ("objects.json", "train.json"):
-        with contextlib.suppress(OSError):  # reading them for good will say what is wrong
+    with contextlib.suppress(OSError):  # reading them for good will say what is wrong
+        for name in ("objects.json", "train.json"):
             sources.update((data_dir / name).read_bytes())
-    with contextlib.suppress(OSError):
-        sources.update(str(os.stat(image_dir).st_mtime_ns).encode())
+        sources.update(str(image_dir.stat().st_mtime_ns).encode())
     return cache_dir / f"{image_size}px-list-{sources.hexdigest()[:16]}.npz"
 
 
@@ -287,12 +277,12 @@ class IclevrDataset(Dataset):
         cache_dir: Path | None = None,
     ):
         self.mode, self.data_dir = mode, Path(data_dir)
-        self.objects = read_objects(data_dir)
+        self.objects = read_objects(self.data_dir)
         if mode == "train":
-            cache_dir = Path(cache_dir or Path(data_dir) / ".cache")
+            cache_dir = cache_dir or self.data_dir / ".cache"
             with processes.main_first():
                 self.names, self.labels, self.cache = open_train(
-                    Path(data_dir), Path(image_dir), self.objects, image_size, cache_dir
+                    self.data_dir, Path(image_dir), self.objects, image_size, Path(cache_dir)
                 )
             self.images = np.load(self.cache, mmap_mode="r")  # (N, 3, S, S) uint8
         elif mode in SPLITS:
@@ -378,14 +368,13 @@ def get_dataloader(
     Arguments and errors as for `IclevrDataset` and `TrainSampler`.
     """
     dataset = IclevrDataset(data_dir, image_dir, mode, image_size, cache_dir)
-    options = dict(
-        num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_is,
+    batches = {"batch_size": batch_size}
+    if mode == "train":
+        batches = {"batch_sampler": TrainSampler(len(dataset), batch_size, seed, horizontal_flip)}
+    return DataLoader(
+        dataset, **batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_is,
         worker_init_fn=_leave_signals_to_the_parent,
     )  # fmt: skip
-    if mode == "train":
-        sampler = TrainSampler(len(dataset), batch_size, seed, horizontal_flip)
-        return DataLoader(dataset, batch_sampler=sampler, **options)
-    return DataLoader(dataset, batch_size=batch_size, **options)
 
 
 def _leave_signals_to_the_parent(_: int) -> None:

@@ -36,19 +36,38 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
     Raises:
         UserError: pictures are missing or broken, or the cache can't be written.
     """
-    stats, missing = [], []
-    inside = image_dir.resolve()
-    for name in names:
+    folder = hashlib.sha256(str(image_dir.resolve()).encode()).hexdigest()[:8]
+    path = cache_dir / f"{image_size}px-{folder}-{_hash_of_sources(image_dir, names)}.npy"
+    if path.exists():
         try:
-            found = os.lstat(image_dir / name)
+            np.load(path, mmap_mode="r")
+            return path
+        except (OSError, ValueError, EOFError) as error:  # cut short, after it was written
+            print(f"warning: {path}: damaged ({error}); decoding again", file=sys.stderr)
+    check_folder(cache_dir, "--cache_dir")
+    remove_left_overs(cache_dir, older_than_s=24 * 3600)  # younger ones may be still in the making
+    with atomic_write(path) as temporary:
+        _decode_all([image_dir / name for name in names], image_size, temporary)
+    for old in cache_dir.glob(f"{image_size}px-{folder}-*.npy"):
+        if old != path:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def _hash_of_sources(image_dir: Path, names: Sequence[str]) -> str:
+    """16 hex digits that follow from every picture's name, size and time."""
+    sources, missing, inside = hashlib.sha256(), [], image_dir.resolve()
+    for name in names:
+        path = image_dir / name
+        try:
+            found = os.lstat(path)
             if stat.S_ISLNK(found.st_mode):
-                if inside not in (image_dir / name).resolve().parents:
+                if inside not in path.resolve().parents:
                     raise UserError(
-                        f"{image_dir / name}: a link that leads out of the folder; put the "
-                        "picture itself there"
+                        f"{path}: a link that leads out of the folder; put the picture itself there"
                     )
-                found = os.stat(image_dir / name)
-            stats.append(found)
+                found = os.stat(path)
+            sources.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
         except (OSError, ValueError):  # ValueError: no name that a file could have
             missing.append(name)
     if missing:
@@ -58,44 +77,25 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
             "put them there, name their folder with --image_dir, or use a rendered stand-in "
             "with --data_dir data/standin"
         )
-    sources = hashlib.sha256()
-    for name, found in zip(names, stats, strict=True):
-        sources.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
-    folder = hashlib.sha256(str(image_dir.resolve()).encode()).hexdigest()[:8]
-    path = cache_dir / f"{image_size}px-{folder}-{sources.hexdigest()[:16]}.npy"
-    if path.exists():
-        try:
-            np.load(path, mmap_mode="r")
-            return path
-        except (OSError, ValueError, EOFError) as error:  # cut short, after it was written
-            print(f"warning: {path}: damaged ({error}); decoding again", file=sys.stderr)
+    return sources.hexdigest()[:16]
 
-    check_folder(cache_dir, "--cache_dir")
-    remove_left_overs(cache_dir, older_than_s=24 * 3600)  # younger ones may be still in the making
-    with atomic_write(path) as temporary:
-        cache = np.lib.format.open_memmap(
-            temporary, mode="w+", dtype=np.uint8, shape=(len(names), 3, image_size, image_size)
-        )
-        if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash of the map
-            with open(temporary, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
-        def decode(index: int) -> None:
-            cache[index] = read_image(image_dir / names[index], image_size)
+def _decode_all(paths: Sequence[Path], image_size: int, target: Path) -> None:
+    """Write the pictures to `target`, a .npy file (N, 3, S, S) uint8, through a map of it."""
+    shape = (len(paths), 3, image_size, image_size)
+    cache = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash of the map
+        with open(target, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-            jobs = pool.map(decode, range(len(names)))
-            try:
-                for _ in tqdm(jobs, total=len(names), desc="decode pictures", unit="img"):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        cache.flush()
-    for old in cache_dir.glob(f"{image_size}px-{folder}-*.npy"):
-        if old != path:
-            old.unlink(missing_ok=True)
-    return path
+    def decode(index: int) -> None:
+        cache[index] = read_image(paths[index], image_size)
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        jobs = pool.map(decode, range(len(paths)))  # the first error cancels those not yet begun
+        for _ in tqdm(jobs, total=len(paths), desc="decode pictures", unit="img"):
+            pass
+    cache.flush()
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
@@ -108,9 +108,10 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
         with Image.open(path) as image:
             if max(image.size) > MAX_SIDE:
                 raise UserError(f"{path}: {image.size[0]}x{image.size[1]} pixels are too many")
-            if image.mode not in MODES or getattr(image, "n_frames", 1) > 1:
+            frames = getattr(image, "n_frames", 1)
+            if image.mode not in MODES or frames > 1:
                 raise UserError(
-                    f"{path}: mode {image.mode}, {getattr(image, 'n_frames', 1)} frame(s); "
+                    f"{path}: mode {image.mode}, {frames} frame(s); "
                     "convert it to one 8-bit RGB picture"
                 )
             resized = image.convert("RGB").resize((image_size, image_size), Image.BILINEAR)

@@ -21,6 +21,8 @@ COLORS = {  # linear RGB times 255: decoding them as sRGB comes out far too dark
 }
 NAMES = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
 """Object names in the order of their index, 8 * shape + color."""
+OBJECTS = {name: index for index, name in enumerate(NAMES)}
+"""What objects.json holds."""
 
 PICTURES = 3
 """Pictures of a sequence."""

@@ -21,11 +21,9 @@ def pick_device(name: str | None = None) -> torch.device:
     Raises:
         UserError: the named device is not there.
     """
+    has_mps = torch.backends.mps.is_available()
     if name is None:
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -35,12 +33,8 @@ def pick_device(name: str | None = None) -> torch.device:
             raise UserError(f"--device {name}: each process takes a card of its own; use cuda")
         device = torch.device("cuda", processes.local_rank())
         name = f"cuda (process {processes.local_rank()} of this machine)"
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }.get(device.type, 0)
-    if (device.index or 0) >= count:
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}
+    if (device.index or 0) >= counts.get(device.type, 0):
         raise UserError(f"--device {name}: not there; leave it out for the best there is")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
@@ -70,13 +64,10 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     "auto" is bfloat16 where the hardware multiplies in it, else float32.
     """
     if precision == "auto":
+        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = has.get("avx512_bf16") or has.get("amx_bf16")
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
-        elif device.type == "cpu":
-            has = torch.cpu.get_capabilities()
-            native = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
-        else:
-            native = False
         precision = "bf16" if native else "no"
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 

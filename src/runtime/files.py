@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,27 +27,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
         UserError: the folder can't be written to, or the disk is full.
     """
     path = Path(path)
-    temporary = None
+    # The suffix stays last: writers such as Pillow choose the format by it.
+    temporary = path.with_name(f".tmp-{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     missing = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays last: writers such as Pillow choose the format by it.
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".tmp-{path.stem}-", suffix=path.suffix
-        )
-        os.close(handle)
-        temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide shared results
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        for folder in missing:  # the innermost first
-            with contextlib.suppress(OSError):  # it holds something, or was never made
-                folder.rmdir()
+        for remove in (temporary.unlink, *(folder.rmdir for folder in missing)):  # innermost first
+            with contextlib.suppress(OSError):  # never made, or it holds something
+                remove()
         if isinstance(error, OSError):
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from error
         raise
@@ -135,9 +128,3 @@ def read_json(path: Path, remedy: str = "check the path") -> Any:
         raise UserError(f"{path}: can't be read: {error.strerror}; {remedy}") from None
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

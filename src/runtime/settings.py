@@ -1,23 +1,20 @@
-"""Settings shared by the scripts: frozen dataclasses, the flags made from them, and their checks.
+"""What there is to set: frozen dataclasses, shared by the scripts.
 
-A field's type gives the flag's type and range, the string below it the help text. tyro turns the
-classes into flags (nested ones without a prefix: `--norm_num_groups 8`); pydantic checks ranges,
-for flags and for settings read back from a checkpoint alike.
+A field's type gives the flag's type and range, the string below it the help text. How flags and
+files are read is in command_line.py; scripts import its names from here.
 """
 
-import contextlib
-import io
 import re
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import tyro
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field
 
-from runtime import processes
+from runtime.command_line import Settings, UserError, from_dict, parse_args, run, to_dict
+
+__all__ = ["Settings", "UserError", "from_dict", "parse_args", "run", "to_dict"]
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder of the repository: default paths hang on it, so that commands work from any folder."""
@@ -33,33 +30,31 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def _plain_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w.\-]*", name):
-        raise ValueError("it names a folder; use letters, digits, _ . and -")
-    return name
+def _only_if(holds: Callable[[Any], Any], why: str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(why)
+        return value
+
+    return AfterValidator(check)
 
 
-RunName = Annotated[str, AfterValidator(_plain_name)]
-
-
-def _no_single(count: int) -> int:
-    if count == 1:
-        raise ValueError("one picture has no spread; use 0 for none, or at least 2")
-    return count
-
-
-FdSamples = Annotated[int, Field(ge=0, le=10**6), AfterValidator(_no_single)]
+RunName = Annotated[
+    str,
+    _only_if(
+        re.compile(r"\w[\w.\-]*").fullmatch, "it names a folder; use letters, digits, _ . and -"
+    ),
+]
+FdSamples = Annotated[
+    int,
+    Field(ge=0, le=10**6),
+    _only_if(lambda n: n != 1, "one picture has no spread; use 0 for none, or at least 2"),
+]
 """Number of pictures for a Frechet distance; 0: none."""
-
-
-def _in_order(interval: tuple[float, float]) -> tuple[float, float]:
-    if interval[0] >= interval[1]:
-        raise ValueError("the first number must be below the second")
-    return interval
-
-
-TimeInterval = Annotated[tuple[Probability, Probability], AfterValidator(_in_order)]
-
+TimeInterval = Annotated[
+    tuple[Probability, Probability],
+    _only_if(lambda times: times[0] < times[1], "the first number must be below the second"),
+]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 SchedulerName = Literal["ddpm", "ddim", "dpmpp", "unipc"]
@@ -67,18 +62,6 @@ RecipeName = Literal["original", "small"]
 OptimizerName = Literal["adamw", "muon"]
 DownBlockType = Literal["DownBlock2D", "AttnDownBlock2D"]
 UpBlockType = Literal["UpBlock2D", "AttnUpBlock2D"]
-
-T = TypeVar("T")
-
-
-class UserError(Exception):
-    """What the user did can't work: one line naming the file or flag, its value and the remedy."""
-
-
-class Settings:
-    """Base of all settings: unknown names and NaN or infinite numbers are refused."""
-
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -311,92 +294,3 @@ class TrainConfig(Settings):
     def run_dir(self) -> Path:
         """The run's folder."""
         return self.output_dir / self.run_name
-
-
-def parse_args(cls: type[T], argv: Sequence[str] | None = None, default: T | None = None) -> T:
-    """Read the command line into `cls`.
-
-    Args:
-        cls: a settings dataclass; its fields become flags, its docstring the help's first line.
-        argv: the flags; None takes them from the command line.
-        default: where values not given as flags come from (None: the class's own defaults).
-
-    Raises:
-        UserError: an unknown flag or a value of the wrong type or range.
-    """
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            config = tyro.cli(
-                cls,
-                args=None if argv is None else list(argv),
-                default=default,
-                use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):  # --help
-            raise
-        raise UserError(_first_paragraph(captured.getvalue())) from None
-    return from_dict(cls, asdict(config), source="")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Settings as JSON-able values (paths become strings, tuples lists); see `from_dict`."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
-
-
-def from_dict(cls: type[T], values: Any, source: str) -> T:
-    """Rebuild settings, the inverse of `to_dict`, refusing unknown names and bad values.
-
-    Args:
-        source: the file that `values` came from, for the message; empty for the command line.
-
-    Raises:
-        UserError: naming the first bad entry, its value and what it should be.
-    """
-    try:
-        return TypeAdapter(cls).validate_python(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        loc = [str(part) for part in first["loc"]]
-        # Flags have no prefixes; an index into a list (0, 1 ...) is not a name.
-        names = [part for part in loc if part.isidentifier() and not part[0].isupper()]
-        name = f"{source}: {'.'.join(loc)}" if source else f"--{names[-1] if names else loc[-1]}"
-        why = first["msg"][0].lower() + first["msg"][1:]
-        why = why.removeprefix("value error, ")
-        raise UserError(f"{name} {first['input']!r}: {why}") from None
-
-
-def run(main: Callable[[], Any], if_stopped: str = "stopped") -> None:
-    """Run a script's `main`: a user's mistake ends in one line and exit code 2.
-
-    Args:
-        if_stopped: what to say after Ctrl-C.
-    """
-    try:
-        main()
-    except UserError as error:
-        processes.wait_for_the_first()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a path that no check has foreseen
-        name = f"{error.filename}: " if error.filename else ""
-        print(f"error: {name}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(if_stopped, file=sys.stderr)
-        sys.exit(130)
-    finally:
-        processes.leave()
-
-
-def _first_paragraph(box: str) -> str:
-    """The message inside the box that tyro draws around an error, on one line."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    if not lines:  # a terminal without box characters
-        return " ".join(box.split())
-    rule = next((i for i, line in enumerate(lines) if re.fullmatch("─+", line)), len(lines))
-    flags = [line.split()[0] for line in lines[rule:] if line.startswith("--")]
-    hint = f" (did you mean {flags[0]}?)" if flags and "nrecognized" in lines[0] else ""
-    return " ".join(lines[:rule]) + hint + "; see --help"

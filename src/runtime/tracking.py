@@ -32,12 +32,8 @@ class Tracker:
 
     def __init__(self, mode: WandbMode, project: str, name: str, folder: Path, config: dict):
         self.run = None
-        if not processes.is_main():
-            return
-        asked = mode
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE", "")
-        if mode == "disabled":
+        asked, mode = mode, os.environ.get("WANDB_MODE", "") if mode == "auto" else mode
+        if mode == "disabled" or not processes.is_main():
             return
         if importlib.util.find_spec("wandb") is None:
             if asked != "auto":
@@ -52,60 +48,40 @@ class Tracker:
         try:
             import wandb
 
-            if mode not in ("online", "offline"):
-                mode = "online" if wandb.login(prompt=False) else "offline"
-            elif mode == "online" and not wandb.login(prompt=False):
+            online = mode != "offline" and wandb.login(prompt=False)
+            if mode == "online" and not online:
                 raise UserError("--wandb online: not logged in; run `wandb login` or use auto")
             folder.mkdir(parents=True, exist_ok=True)
+            settings = wandb.Settings(
+                silent=True, console="off", init_timeout=60, finish_timeout=300,
+                finish_timeout_raises=True,
+            )  # fmt: skip
             options = dict(
-                project=project,
-                name=name,
-                dir=str(folder),
-                config=config,
+                project=project, name=name, dir=str(folder), config=config, settings=settings,
                 reinit="finish_previous",
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    init_timeout=60,
-                    finish_timeout=300,
-                    finish_timeout_raises=True,
-                ),
-            )
-            try:
-                self.run = wandb.init(mode=mode, **options)
-            except Exception:  # logged in, but the service can't be reached
-                if asked == "online" or mode == "offline":
-                    raise
-                mode = "offline"
-                self.run = wandb.init(mode=mode, **options)
+            )  # fmt: skip
+            if online:
+                try:
+                    self.run = wandb.init(mode="online", **options)
+                except Exception:  # logged in, but the service can't be reached
+                    if asked == "online":
+                        raise
+            where = self.run.url if self.run else f"offline, {folder / 'wandb'}"
+            self.run = self.run or wandb.init(mode="offline", **options)
+            print(f"wandb: {where}")
         except UserError:
             raise
         except Exception as error:  # whatever the service or its client may come up with
             if asked == "online":
                 raise UserError(f"--wandb online: {_line(error)}; use auto or offline") from None
             self._give_up(error)
-        else:
-            where = self.run.url if mode == "online" else f"offline, {folder / 'wandb'}"
-            print(f"wandb: {where}")
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         """Log figures, Pillow pictures as pictures, and {"columns", "data"} as tables."""
         if self.run is None:
             return
         try:
-            import wandb
-
-            self.run.log(
-                {
-                    key: wandb.Image(value)
-                    if isinstance(value, Image.Image)
-                    else wandb.Table(**value)
-                    if isinstance(value, dict)
-                    else value
-                    for key, value in values.items()
-                },
-                step=step,
-            )
+            self.run.log({key: _logged(value) for key, value in values.items()}, step=step)
         except Exception as error:
             self._give_up(error)
 
@@ -130,6 +106,14 @@ class Tracker:
         print(f"warning: wandb stopped ({_line(error)}); going on without it", file=sys.stderr)
         # Runs before wandb's own, which would end the script with a traceback.
         atexit.register(_close_quietly)
+
+
+def _logged(value: Any) -> Any:
+    import wandb
+
+    if isinstance(value, Image.Image):
+        return wandb.Image(value)
+    return wandb.Table(**value) if isinstance(value, dict) else value
 
 
 def _close_quietly() -> None:

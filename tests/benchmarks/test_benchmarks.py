@@ -6,14 +6,17 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import ablations
 import pytest
+from conftest import SMALL_NETWORK, error_of
+
+import ablations
+import input_pipeline
 import sampling_steps
 import time_to_accuracy
 import training_runs
+import training_step
 import two_checkouts
 from common import model_flags
-from conftest import SMALL_NETWORK, error_of
 
 from network.checkpoint import load_checkpoint, save_checkpoint
 from runtime.settings import ModelConfig, TrainConfig, parse_args
@@ -87,24 +90,26 @@ def test_both_recipes_are_trained_and_scored(trained, tmp_path, monkeypatch):
 
 def test_two_checkouts_take_turns(trained, tmp_path):
     data, _, _ = trained
-    argv = [
-        "--other",
-        two_checkouts.ROOT,
-        "--rounds",
-        1,
-        "--steps",
-        5,
-        "--data_dir",
-        data,
-        f"--more={shlex.join(SMALL_NETWORK)} --epochs 50",
-        "--out",
-        tmp_path / "out.json",
-    ]
-    report = two_checkouts.main([str(a) for a in argv])  # fmt: skip
+    argv = ["--other", two_checkouts.ROOT, "--rounds", 1, "--steps", 5, "--data_dir", data,
+            f"--more={shlex.join(SMALL_NETWORK)} --epochs 50",
+            "--out", tmp_path / "out.json"]  # fmt: skip
+    report = two_checkouts.main([str(a) for a in argv])
     assert report["times_as_fast"]["median"] > 0 and (tmp_path / "out.json").exists()
     assert "no checkout" in error_of(two_checkouts.main, ["--other", tmp_path])
     argv[-3] = "--more=--lr 0"
     assert "training ends with" in error_of(two_checkouts.main, argv)
+
+
+NETWORK = SMALL_NETWORK[: SMALL_NETWORK.index("--num_train_timesteps")]
+
+
+@pytest.mark.parametrize("more", [[], ["--num_pictures", 6, "--num_workers", 1]])
+def test_steps_and_loaders_are_measured(more, tmp_path):
+    benchmark, key = (input_pipeline, "ratio") if more else (training_step, "variants")
+    argv = ["--batch_size", 2, "--rounds", 1, "--steps", 1, "--device", "cpu", *NETWORK, *more,
+            "--out", tmp_path / "out.json"]  # fmt: skip
+    benchmark.main([str(a) for a in argv])
+    assert json.loads((tmp_path / "out.json").read_text())[key]
 
 
 def test_a_failed_training_is_named_and_the_others_go_on(trained, tmp_path):

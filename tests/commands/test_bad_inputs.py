@@ -50,54 +50,50 @@ class Case(NamedTuple):
     change: Callable[[dict[str, Path]], object] = lambda files: None
 
 
-def text(name: str, content: str) -> Callable:
-    return lambda files: (files["data"] / name).write_text(content, encoding="utf-8")
+def of_json(script: str, name: str, content: str | bytes, *words: str) -> Case:
+    """A JSON file of the data with another content; the message names it."""
+    content = content.encode() if isinstance(content, str) else content
+    name += ".json"
+    return Case(script, (name, *words), "", lambda f: (f["data"] / name).write_bytes(content))
 
 
-def raw(name: str, content: bytes) -> Callable:
-    return lambda files: (files["data"] / name).write_bytes(content)
-
-
-def half(key: str) -> Callable:
-    """Keep the first half of a file."""
-
-    def change(files):
-        content = files[key].read_bytes()
-        files[key].write_bytes(content[: len(content) // 2])
-
-    return change
-
-
-def folder_for(key: str) -> Callable:
-    """A folder where a file should be."""
+def of_picture(image: Image.Image | bytes, *words: str, script="train", **how) -> Case:
+    """A training picture replaced by another one, or by other bytes."""
 
     def change(files):
-        files[key].unlink()
-        files[key].mkdir()
-
-    return change
-
-
-def picture(image: Image.Image | bytes, **how) -> Callable:
-    def change(files):
-        path = files["data"] / "iclevr" / "CLEVR_train_000002_1.png"
-        if isinstance(image, bytes):
-            path.write_bytes(image)
-        else:
+        path = files["data"] / "iclevr" / NAME
+        if isinstance(image, Image.Image):
             image.save(path, **how)
+        else:
+            path.write_bytes(image)
 
-    return change
+    return Case(script, (NAME, *words), change=change)
 
 
-def checkpoint(edit: Callable[[dict], object]) -> Callable:
-    """Rewrite the checkpoint after `edit` has changed its content."""
+def of_file(script: str, key: str, content: bytes | None, *words: str) -> Case:
+    """The checkpoint or the judge with another content; None: the first half of its own."""
+
+    def change(files):
+        whole = files[key].read_bytes()
+        files[key].write_bytes(whole[: len(whole) // 2] if content is None else content)
+
+    return Case(script, (f"{'model' if key == 'ckpt' else key}.pth", *words), change=change)
+
+
+def of_checkpoint(edit: Callable[[dict], object], *words: str, script: str = "test") -> Case:
+    """The checkpoint, rewritten after `edit` has changed its content."""
 
     def change(files):
         content = torch.load(files["ckpt"], weights_only=True)
         edit(content)
         torch.save(content, files["ckpt"])
 
-    return change
+    return Case(script, ("model.pth", *words), change=change)
+
+
+def with_folder(script: str, path: Callable[[dict[str, Path]], Path], *words: str) -> Case:
+    """A folder where a file should be."""
+    return Case(script, words, change=lambda files: (path(files).unlink(), path(files).mkdir()))
 
 
 class Runs:
@@ -107,82 +103,54 @@ class Runs:
         return os.system, ("touch pwned",)
 
 
-def gray(*size: int) -> Image.Image:
-    return Image.new("L", size)
-
-
 NAME = "CLEVR_train_000002_1.png"
 CASES = {
     # --- JSON
-    "objects: a list": Case("train", ("objects.json", "dict"), change=text("objects.json", "[]")),
-    "objects: empty": Case("train", ("objects.json",), change=text("objects.json", "")),
-    "objects: a gap": Case(
-        "train", ("objects.json", "0 ... 1"), change=text("objects.json", '{"a": 0, "b": 2}')
+    "objects: a list": of_json("train", "objects", "[]", "dict"),
+    "objects: empty": of_json("train", "objects", ""),
+    "objects: a gap": of_json("train", "objects", '{"a": 0, "b": 2}', "0 ... 1"),
+    "objects: other ones": of_json("test", "objects", '{"red ball": 0}', "other objects"),
+    "objects: a float": of_json("train", "objects", '{"a": 1.5}', "1.5"),
+    "objects: text for an index": of_json("train", "objects", '{"a": "0"}', "not an integer"),
+    "objects: true for an index": of_json("train", "objects", '{"a": true}', "not an integer"),
+    "objects: huge nesting": of_json("train", "objects", "[" * 100000),
+    "objects: a name that leads out": of_json("test", "objects", '{"../red": 0}', "'../red'"),
+    "objects: not UTF-8": of_json("train", "objects", b"\xff{}"),
+    "train: absolute name": of_json(
+        "train", "train", '{"/etc/passwd": ["red cube"]}', "/etc/passwd"
     ),
-    "objects: other ones": Case(
-        "test", ("objects.json", "other objects"), change=text("objects.json", '{"red ball": 0}')
+    "train: leads out": of_json("train", "train", '{"../a.png": ["red cube"]}', "../a.png"),
+    "train: Windows separator": of_json("train", "train", '{"..\\\\a.png": ["red cube"]}', "a.png"),
+    "train: NUL in a name": of_json("train", "train", '{"a\\u0000.png": ["red cube"]}'),
+    "train: unknown object": of_json("train", "train", '{"a.png": ["red ball"]}', "'red ball'"),
+    "train: another case": of_json(
+        "train", "train", '{"a.png": ["Red Cube"]}', "did you mean 'red cube'"
     ),
-    "objects: a float": Case(
-        "train", ("objects.json", "1.5"), change=text("objects.json", '{"a": 1.5}')
+    "train: an object twice": of_json(
+        "train", "train", '{"a.png": ["red cube", "red cube"]}', "twice"
     ),
-    "objects: huge nesting": Case(
-        "train", ("objects.json",), change=text("objects.json", "[" * 100000)
+    "train: a list": of_json("train", "train", "[]", "dict of file name"),
+    "train: no names": of_json("train", "train", '{"a.png": []}', "entry 'a.png'"),
+    "train: null": of_json("train", "train", "null"),
+    "train: a number for names": of_json("train", "train", '{"a.png": 7}', "a.png"),
+    "train: missing pictures": of_json("train", "train", '{"a.png": ["red cube"]}')._replace(
+        words=("1 of 1 pictures are missing", "a.png")
     ),
-    "objects: a name that leads out": Case(
-        "test", ("objects.json", "'../red'"), change=text("objects.json", '{"../red": 0}')
-    ),
-    "objects: not UTF-8": Case("train", ("objects.json",), change=raw("objects.json", b"\xff{}")),
-    "train: absolute name": Case(
-        "train", ("train.json", "/etc/passwd"),
-        change=text("train.json", '{"/etc/passwd": ["red cube"]}'),
-    ),
-    "train: leads out": Case(
-        "train", ("train.json", "../a.png"), change=text("train.json", '{"../a.png": ["red cube"]}')
-    ),
-    "train: Windows separator": Case(
-        "train", ("train.json", "a.png"), change=text("train.json", '{"..\\\\a.png": ["red cube"]}')
-    ),
-    "train: NUL in a name": Case(
-        "train", ("train.json",), change=text("train.json", '{"a\\u0000.png": ["red cube"]}')
-    ),
-    "train: unknown object": Case(
-        "train", ("train.json", "'red ball'"), change=text("train.json", '{"a.png": ["red ball"]}')
-    ),
-    "train: another case": Case(
-        "train", ("train.json", "did you mean 'red cube'"),
-        change=text("train.json", '{"a.png": ["Red Cube"]}'),
-    ),
-    "train: an object twice": Case(
-        "train", ("train.json", "twice"),
-        change=text("train.json", '{"a.png": ["red cube", "red cube"]}'),
-    ),
-    "train: null": Case("train", ("train.json",), change=text("train.json", "null")),
-    "train: a number for names": Case(
-        "train", ("train.json", "a.png"), change=text("train.json", '{"a.png": 7}')
-    ),
-    "train: missing pictures": Case(
-        "train", ("1 of 1 pictures are missing", "a.png"),
-        change=text("train.json", '{"a.png": ["red cube"]}'),
-    ),
-    "train: a lone surrogate": Case(
-        "train", ("pictures are missing",),
-        change=text("train.json", '{"\\ud800.png": ["red cube"]}'),
+    "train: a lone surrogate": of_json("train", "train", '{"\\ud800.png": ["red cube"]}')._replace(
+        words=("pictures are missing",)
     ),
     "train: not there": Case(
         "train", ("train.json: not found", "render_iclevr.py"),
         change=lambda files: (files["data"] / "train.json").unlink(),
     ),
-    "test: a dict": Case("test", ("test.json", "list"), change=text("test.json", "{}")),
-    "test: a string for a list": Case(
-        "test", ("test.json", "entry 0"), change=text("test.json", '["red cube"]')
+    "test: a dict": of_json("test", "test", "{}", "list"),
+    "test: a string for a list": of_json("test", "test", '["red cube"]', "entry 0"),
+    "test: no object": of_json("test", "test", "[[]]", "entry 0"),
+    "test: a string in the second entry": of_json(
+        "test", "test", '[["red cube"], "red cube"]', "entry 1"
     ),
-    "test: no object": Case("test", ("test.json", "entry 0"), change=text("test.json", "[[]]")),
-    "new_test: cut short": Case(
-        "test", ("new_test.json", "JSON"), change=text("new_test.json", '[["red cube"')
-    ),
-    "new_test: nested": Case(
-        "guidance_scale", ("new_test.json", "entry 0"), change=text("new_test.json", '[[["a"]]]')
-    ),
+    "new_test: cut short": of_json("test", "new_test", '[["red cube"', "JSON"),
+    "new_test: nested": of_json("guidance_scale", "new_test", '[[["a"]]]', "entry 0"),
     "no data there": Case(
         "train", ("nowhere: no such folder", "render_iclevr.py"), "--data_dir {out}/nowhere"
     ),
@@ -190,11 +158,12 @@ CASES = {
     # --- pictures
     "picture: truncated": Case(
         "train", (NAME, "not a readable picture"),
-        change=lambda files: picture((files["data"] / "iclevr" / NAME).read_bytes()[:200])(files),
+        change=lambda files: os.truncate(files["data"] / "iclevr" / NAME, 200),
     ),
     "conditions are read before pictures": Case(
         "train", ("test.json",),
-        change=lambda files: (text("test.json", "[]")(files), picture(b"")(files)),
+        change=lambda files: (of_json("train", "test", "[]").change(files),
+                              of_picture(b"").change(files)),
     ),
     "cache folder: below a file": Case(
         "train", ("another with --cache_dir",), "--cache_dir {ckpt}/cache"
@@ -202,45 +171,26 @@ CASES = {
     "output folder: below a file": Case(
         "test", ("another with --output_dir",), "--output_dir {ckpt}/out"
     ),
-    "picture: empty": Case("train", (NAME,), change=picture(b"")),
-    "picture: text": Case("train_evaluator", (NAME,), change=picture(b"no picture")),
-    "picture: 16 bit": Case(
-        "train", (NAME, "8-bit"), change=picture(Image.fromarray(np.zeros((9, 9), np.uint16)))
+    "picture: empty": of_picture(b""),
+    "picture: text": of_picture(b"no picture", script="train_evaluator"),
+    "picture: 16 bit": of_picture(Image.fromarray(np.zeros((9, 9), np.uint16)), "8-bit"),
+    "picture: CMYK": of_picture(Image.new("CMYK", (9, 9)), "CMYK", format="TIFF"),
+    "picture: animated": of_picture(
+        Image.new("L", (9, 9)), "2 frame", format="GIF", save_all=True,
+        append_images=[Image.new("L", (9, 9), 9)],
     ),
-    "picture: CMYK": Case(
-        "train", (NAME, "CMYK"), change=picture(Image.new("CMYK", (9, 9)), format="TIFF")
-    ),
-    "picture: animated": Case(
-        "train", (NAME, "2 frame"),
-        change=picture(
-            gray(9, 9), format="GIF", save_all=True, append_images=[Image.new("L", (9, 9), 9)]
-        ),
-    ),
-    "picture: float": Case(
-        "train", (NAME, "mode F"), change=picture(Image.new("F", (9, 9)), format="TIFF")
-    ),
-    "picture: absurdly wide": Case("train", (NAME, "9000x1"), change=picture(gray(9000, 1))),
-    "picture: gray with alpha": Case(
-        "train", (NAME, "mode LA"), change=picture(Image.new("LA", (9, 9)))
-    ),
-    "picture: a folder": Case(
-        "train", (NAME,),
-        change=lambda files: (
-            (files["data"] / "iclevr" / NAME).unlink(), (files["data"] / "iclevr" / NAME).mkdir()
-        ),
-    ),
+    "picture: float": of_picture(Image.new("F", (9, 9)), "mode F", format="TIFF"),
+    "picture: absurdly wide": of_picture(Image.new("L", (9000, 1)), "9000x1"),
+    "picture: gray with alpha": of_picture(Image.new("LA", (9, 9)), "mode LA"),
+    "picture: a folder": with_folder("train", lambda f: f["data"] / "iclevr" / NAME, NAME),
     "no folder of pictures": Case(
         "train", ("12 of 12 pictures are missing",), "--image_dir {out}/nowhere"
     ),
     # --- checkpoints and evaluators
-    "checkpoint: half": Case("test", ("model.pth", "damaged"), change=half("ckpt")),
-    "checkpoint: empty": Case(
-        "guidance_scale", ("model.pth",), change=lambda files: files["ckpt"].write_bytes(b"")
-    ),
-    "checkpoint: text": Case(
-        "export", ("model.pth",), change=lambda files: files["ckpt"].write_text("weights")
-    ),
-    "checkpoint: a folder": Case("test", ("model.pth",), change=folder_for("ckpt")),
+    "checkpoint: half": of_file("test", "ckpt", None, "damaged"),
+    "checkpoint: empty": of_file("guidance_scale", "ckpt", b""),
+    "checkpoint: text": of_file("export", "ckpt", b"weights"),
+    "checkpoint: a folder": with_folder("test", lambda files: files["ckpt"], "model.pth"),
     "checkpoint: not there": Case(
         "test", ("nothing.pth: not found",), "--ckpt_path {out}/nothing.pth"
     ),
@@ -253,45 +203,30 @@ CASES = {
         "test", ("model.pth", "not a dict"),
         change=lambda files: torch.save(torch.zeros(3), files["ckpt"]),
     ),
-    "checkpoint: another format": Case(
-        "test", ("model.pth", "'x'"), change=checkpoint(lambda content: content.update(format="x"))
+    "checkpoint: another format": of_checkpoint(lambda c: c.update(format="x"), "'x'"),
+    "checkpoint: an entry is missing": of_checkpoint(lambda c: c.pop("ema"), "has no ema"),
+    "checkpoint: unknown setting": of_checkpoint(lambda c: c["config"].update(depth=3), "depth"),
+    "checkpoint: another architecture": of_checkpoint(
+        lambda c: c["config"]["model"].update(layers_per_block=2), "weights are not those"
     ),
-    "checkpoint: an entry is missing": Case(
-        "test", ("model.pth", "has no ema"), change=checkpoint(lambda content: content.pop("ema"))
+    "checkpoint: NaN setting": of_checkpoint(lambda c: c["config"].update(lr=float("nan")), "lr"),
+    "checkpoint: objects are a number": of_checkpoint(
+        lambda c: c.update(objects=3), "dict of object name", script="export"
     ),
-    "checkpoint: unknown setting": Case(
-        "test", ("model.pth", "depth"),
-        change=checkpoint(lambda content: content["config"].update(depth=3)),
+    "checkpoint: no objects": of_checkpoint(
+        lambda c: c.update(objects={}), "dict of object name", script="export"
     ),
-    "checkpoint: another architecture": Case(
-        "test", ("model.pth", "weights are not those"),
-        change=checkpoint(lambda c: c["config"]["model"].update(layers_per_block=2)),
+    "checkpoint: weights are a tensor": of_checkpoint(
+        lambda c: c.update(ema=torch.zeros(3)), "ema is a Tensor"
     ),
-    "checkpoint: NaN setting": Case(
-        "test", ("model.pth", "lr"),
-        change=checkpoint(lambda content: content["config"].update(lr=float("nan"))),
+    "checkpoint: a schedule without end": of_checkpoint(
+        lambda c: c["config"]["noise"].update(num_train_timesteps=10**12), "num_train_timesteps"
     ),
-    "checkpoint: objects are a number": Case(
-        "export", ("model.pth", "dict of object name"),
-        change=checkpoint(lambda content: content.update(objects=3)),
+    "checkpoint: a network beyond all memory": of_checkpoint(
+        lambda c: c["config"]["model"].update(block_out_channels=(16384,) * 2),
+        "weights are not those",
     ),
-    "checkpoint: no objects": Case(
-        "export", ("model.pth", "dict of object name"),
-        change=checkpoint(lambda content: content.update(objects={})),
-    ),
-    "checkpoint: weights are a tensor": Case(
-        "test", ("model.pth", "ema is a Tensor"),
-        change=checkpoint(lambda content: content.update(ema=torch.zeros(3))),
-    ),
-    "checkpoint: a schedule without end": Case(
-        "test", ("model.pth", "num_train_timesteps"),
-        change=checkpoint(lambda c: c["config"]["noise"].update(num_train_timesteps=10**12)),
-    ),
-    "checkpoint: a network beyond all memory": Case(
-        "test", ("model.pth", "weights are not those"),
-        change=checkpoint(lambda c: c["config"]["model"].update(block_out_channels=(16384,) * 2)),
-    ),
-    "evaluator: half": Case("test", ("judge.pth", "damaged"), change=half("judge")),
+    "evaluator: half": of_file("test", "judge", None, "damaged"),
     "evaluator: a checkpoint": Case(
         "test", ("model.pth", "weights are not those"), "--evaluator {ckpt}"
     ),

@@ -193,36 +193,9 @@ def test_missing_pictures_are_counted(world):
     for k in range(3):
         (world / "iclevr" / f"CLEVR_train_000001_{k}.png").unlink()
     (world / "iclevr" / "CLEVR_train_000003_2.png").unlink()
-    with pytest.raises(
-        UserError, match=r"4 of 12 pictures are missing \(CLEVR_train_000001_0"
-    ) as e:
+    words = r"4 of 12 pictures are missing \(CLEVR_train_000001_0.* \.\.\."
+    with pytest.raises(UserError, match=words):
         IclevrDataset(world, world / "iclevr", "train", 8)
-    assert "..." in str(e.value)
-
-
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[:200])
-
-
-BAD_PICTURES = {
-    "truncated": _truncate,
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("no picture"),
-    "16 bit": lambda path: Image.fromarray(np.zeros((9, 9), np.uint16)).save(path),
-    "cmyk": lambda path: Image.new("CMYK", (9, 9)).save(path, format="TIFF"),
-    "animated": lambda path: Image.new("L", (9, 9)).save(
-        path, format="GIF", save_all=True, append_images=[Image.new("L", (9, 9), 9)]
-    ),
-    "absurdly large": lambda path: Image.new("L", (9000, 1)).save(path),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_PICTURES)
-def test_bad_pictures_are_refused_by_name(world, kind):
-    BAD_PICTURES[kind](world / "iclevr" / "CLEVR_train_000002_1.png")
-    with pytest.raises(UserError, match="CLEVR_train_000002_1.png"):
-        IclevrDataset(world, world / "iclevr", "train", 8)
-    assert not (world / ".cache").exists()  # no half-built cache
 
 
 def test_an_absurdly_large_picture_is_refused_before_it_is_decoded(world, monkeypatch):
@@ -249,31 +222,6 @@ def test_a_cache_cut_short_is_made_again(world, capsys, left):
     assert "damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        ("objects.json", "[]", "dict of object name"),
-        ("objects.json", "{", "not valid JSON"),
-        ("objects.json", '{"a": 0, "b": 2}', "0 ... 1, each once"),
-        ("objects.json", '{"a": "0"}', "not an integer"),
-        ("objects.json", '{"a": true}', "not an integer"),
-        ("train.json", "[]", "dict of file name"),
-        ("train.json", '{"a.png": []}', "entry 'a.png'"),
-        ("train.json", '{"a.png": ["red ball"]}', "entry 'a.png': unknown object 'red ball'"),
-        ("train.json", '{"../a.png": ["red cube"]}', "not a plain file name"),
-        ("test.json", "{}", "non-empty list of lists"),
-        ("test.json", '[["red cube"], []]', "entry 1"),
-        ("test.json", '[["red cube"], "red cube"]', "entry 1"),
-    ],
-)
-def test_bad_json_is_refused_by_file_and_entry(world, file, content, words):
-    (world / file).write_text(content)
-    mode = "test" if file == "test.json" else "train"
-    with pytest.raises(UserError, match=words) as caught:
-        IclevrDataset(world, world / "iclevr", mode, 8)
-    assert file in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_course_files_come_before_the_stand_in(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "ROOT", tmp_path)
     with pytest.raises(UserError, match="render_iclevr.py"):
@@ -281,9 +229,8 @@ def test_course_files_come_before_the_stand_in(tmp_path, monkeypatch):
     write_world(tmp_path / "data" / "standin")
     (tmp_path / "data" / "standin" / "evaluator.pth").touch()
     found = dataset.find_data(DataConfig())
-    assert (
-        found.data_dir == tmp_path / "data" / "standin" and found.evaluator.name == "evaluator.pth"
-    )
+    assert found.data_dir == tmp_path / "data" / "standin"
+    assert found.evaluator.name == "evaluator.pth"
     write_world(tmp_path / "data")
     assert dataset.find_data(DataConfig()).evaluator == dataset.SHIPPED_EVALUATOR
     (tmp_path / "data" / "checkpoint.pth").touch()

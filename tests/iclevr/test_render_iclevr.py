@@ -5,18 +5,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import wait_for
 from PIL import Image
 
 import render_iclevr
-from iclevr.placement import sample_sequence
-from iclevr.ray_tracer import object_ids, render_picture
-from iclevr.scene import NAMES, PICTURES, make_conditions, sample_labels
+from iclevr import ray_tracer
+from iclevr.placement import _well_seen, sample_sequence
+from iclevr.ray_tracer import hit, object_ids, render_picture, unit
+from iclevr.scene import NAMES, PICTURES, RADIUS, Item, Sequence, make_conditions, sample_labels
 from render_iclevr import file_names, main
 from runtime.files import lock_folder
 from runtime.settings import UserError
@@ -30,11 +31,8 @@ def flags(folder: Path, sequences: int, workers: int = 2) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +98,8 @@ def test_hidden_and_cut_objects_are_refused():
 
     def well_seen(*places: np.ndarray) -> bool:
         # A cylinder, a ball behind or before it, a cube.
-        items = [
-            render_iclevr.Item(index, *place, 0.0)
-            for index, place in zip((16, 8, 0), places, strict=True)
-        ]
-        return render_iclevr._well_seen(render_iclevr.Sequence(camera, lamps, tuple(items)))
+        items = [Item(index, *place, 0.0) for index, place in zip((16, 8, 0), places, strict=True)]
+        return _well_seen(Sequence(camera, lamps, tuple(items)))
 
     side = 2.5 * np.array([-toward[1], toward[0]])
     assert well_seen(0 * toward, side, -side)
@@ -146,24 +141,23 @@ def test_analytic_shapes_agree_with_points_on_them():
     """A ray towards a point inside an object meets it, where the object's surface is."""
     rng = np.random.default_rng(0)
     for index in (0, 8, 16):  # cube, sphere, cylinder
-        item = render_iclevr.Item(index, 1.0, -2.0, 0.4)
-        radius = render_iclevr.RADIUS
-        centre = np.array([1.0, -2.0, radius])
-        origins = centre[:, None] + 5 * render_iclevr._unit(rng.normal(size=3))[:, None]
-        inner = centre[:, None] + rng.uniform(-0.5, 0.5, (3, 500)) * radius
+        item = Item(index, 1.0, -2.0, 0.4)
+        centre = np.array([1.0, -2.0, RADIUS])
+        origins = centre[:, None] + 5 * unit(rng.normal(size=3))[:, None]
+        inner = centre[:, None] + rng.uniform(-0.5, 0.5, (3, 500)) * RADIUS
         rays = (inner - origins).astype(np.float32)
-        distance = render_iclevr._hit(item, origins.astype(np.float32), rays)
+        distance = hit(item, origins.astype(np.float32), rays)
         assert (distance < 1).all()
         local = origins + distance * rays - centre[:, None]
         c, s = np.cos(0.4), np.sin(0.4)
-        x, y, z = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ local / radius
+        x, y, z = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ local / RADIUS
         level = {
             0: np.abs([x, y, z]).max(0),
             8: np.sqrt(x**2 + y**2 + z**2),
             16: np.maximum(np.hypot(x, y), abs(z)),
         }[index]
         assert np.allclose(level, 1, atol=1e-3)
-        away = render_iclevr._hit(item, origins.astype(np.float32), -rays)
+        away = hit(item, origins.astype(np.float32), -rays)
         assert np.isinf(away).all()
 
 
@@ -184,29 +178,23 @@ def test_sequences_can_be_added_and_left_out(rendered: Path, tmp_path: Path):
 def start(folder: Path, sequences: int) -> subprocess.Popen:
     command = [sys.executable, render_iclevr.__file__, *flags(folder, sequences)]
     return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # A background job inherits that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    )  # fmt: skip
 
 
-def wait_for_pictures(folder: Path, process: subprocess.Popen, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("iclevr/CLEVR*.png"))) < count:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+def pictures_of(folder: Path) -> list[Path]:
+    return list(folder.glob("iclevr/CLEVR*.png"))
 
 
 def test_resumes_after_sigkill(tmp_path: Path):
     process = start(tmp_path / "killed", 120)
-    wait_for_pictures(tmp_path / "killed", process, 20)
+    assert wait_for(lambda: len(pictures_of(tmp_path / "killed")) >= 20, process)
     process.kill()
     process.communicate(timeout=20)  # ends when no worker holds the pipes any more
     assert not (tmp_path / "killed" / "train.json").exists()
-    left = list((tmp_path / "killed").glob("iclevr/CLEVR*.png"))
+    left = pictures_of(tmp_path / "killed")
     assert len(left) < 360, "nothing left to do: the kill came too late to test anything"
     (tmp_path / "killed" / "iclevr" / ".tmp-CLEVR_train_000119_2-x.png").write_bytes(b"half")
     stamps = {path: path.stat().st_mtime_ns for path in left}
@@ -239,7 +227,7 @@ def test_a_picture_is_whole_or_absent(tmp_path: Path, monkeypatch):
 
 def test_ctrl_c_stops_with_one_line(tmp_path: Path):
     process = start(tmp_path, 400)
-    wait_for_pictures(tmp_path, process, 3)
+    assert wait_for(lambda: len(pictures_of(tmp_path)) >= 3, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -271,8 +259,8 @@ def test_light_equals_mitsubas_path_tracer(i):
     """The same scene in Mitsuba 3, all bounces, compared as means of 8x8 pixels (its grain)."""
     mi = pytest.importorskip("mitsuba")
     mi.set_variant("scalar_rgb")
-    width, height, radius = 64, 48, render_iclevr.RADIUS
-    sequence, turn = render_iclevr.sample_sequence(0, i), mi.ScalarTransform4f
+    width, height, radius = 64, 48, RADIUS
+    sequence, turn = sample_sequence(0, i), mi.ScalarTransform4f
 
     def matte(albedo):
         return {"type": "diffuse", "reflectance": {"type": "rgb", "value": list(albedo)}}
@@ -283,7 +271,7 @@ def test_light_equals_mitsubas_path_tracer(i):
             "integrator": {"type": "path"},
             "sensor": {
                 "type": "perspective",
-                "fov": 2 * float(np.degrees(np.arctan(render_iclevr.HALF_WIDTH))),
+                "fov": 2 * float(np.degrees(np.arctan(ray_tracer.HALF_WIDTH))),
                 "fov_axis": "x",
                 "to_world": turn().look_at(sequence.camera.tolist(), [0, 0, 0], [0, 0, 1]),
                 "film": {"type": "hdrfilm", "width": width, "height": height,
@@ -291,7 +279,7 @@ def test_light_equals_mitsubas_path_tracer(i):
                 "sampler": {"type": "multijitter", "sample_count": 400},
             },
             "ground": {"type": "rectangle", "to_world": turn().scale(300),
-                       "bsdf": matte([render_iclevr.GROUND] * 3)},
+                       "bsdf": matte([ray_tracer.GROUND] * 3)},
             **emitters,
         }  # fmt: skip
         for k, item in enumerate(sequence.items):
@@ -301,11 +289,8 @@ def test_light_equals_mitsubas_path_tracer(i):
                 place = centre.rotate([0, 0, 1], float(np.degrees(item.angle))).scale(radius)
                 result[f"item{k}"] = {"type": "cube", "to_world": place, "bsdf": bsdf}
             elif item.shape == "sphere":
-                result[f"item{k}"] = {
-                    "type": "sphere",
-                    "to_world": centre.scale(radius),
-                    "bsdf": bsdf,
-                }
+                place = centre.scale(radius)
+                result[f"item{k}"] = {"type": "sphere", "to_world": place, "bsdf": bsdf}
             else:
                 ends = {"p0": [item.x, item.y, 0], "p1": [item.x, item.y, 2 * radius]}
                 result[f"item{k}"] = {"type": "cylinder", "radius": radius, "bsdf": bsdf, **ends}
@@ -314,9 +299,9 @@ def test_light_equals_mitsubas_path_tracer(i):
         return np.array(mi.render(mi.load_dict(result), seed=0))
 
     sky = {
-        "ambient": {"type": "constant", "radiance": render_iclevr.AMBIENT},
-        "sun": {"type": "directional", "direction": [-v for v in render_iclevr.SUN],
-                "irradiance": render_iclevr.SUN_IRRADIANCE},
+        "ambient": {"type": "constant", "radiance": ray_tracer.AMBIENT},
+        "sun": {"type": "directional", "direction": [-v for v in ray_tracer.SUN],
+                "irradiance": ray_tracer.SUN_IRRADIANCE},
     }  # fmt: skip
     lamps = {
         f"lamp{n}": {
@@ -327,13 +312,13 @@ def test_light_equals_mitsubas_path_tracer(i):
                         "radiance": {"type": "rgb", "value": [v / side**2 for v in light]}},
         }
         for n, (place, (_, side, light)) in enumerate(
-            zip(sequence.lamps, render_iclevr.LAMPS, strict=True)
+            zip(sequence.lamps, ray_tracer.LAMPS, strict=True)
         )
     }  # fmt: skip
     # Apart, as a lamp's rectangle would shade the ground from sun and sky.
     linear = (scene(sky) + scene(lamps)).clip(0, 1)
     expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    ours = render_iclevr.render_picture(sequence, 3, width, height, 64).astype(float)
+    ours = render_picture(sequence, 3, width, height, 64).astype(float)
 
     def blocks(picture):
         return picture.reshape(height // 8, 8, width // 8, 8, 3).mean(axis=(1, 3))

@@ -11,13 +11,13 @@ from conftest import SRC
 from scipy import stats
 
 from judging.intervals import accuracy_interval, mean_interval, proportion_interval
+from runtime.command_line import _first_paragraph
 from runtime.device import autocast_dtype, pick_device
 from runtime.files import atomic_write, check_folder, read_json, write_json
 from runtime.settings import (
     ModelConfig,
     TrainConfig,
     UserError,
-    _first_paragraph,
     from_dict,
     parse_args,
     run,

@@ -6,13 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import SMALL_NETWORK, SRC, write_world
+from conftest import SRC, train_argv, wait_for, write_world
 from PIL import Image
 
 import train
@@ -48,12 +47,10 @@ def finished(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str,
 
 
 def argv_of(data: Path, output: Path, *more) -> list[str]:
-    return [
-        "--data_dir", str(data), "--output_dir", str(output), "--run_name", "r", "--batch_size",
-        "5", "--device", "cpu", "--mixed_precision", "no", "--wandb", "disabled",
-        "--log_interval", "1", "--sample_interval", "3", "--epochs", "6", "--lr", "1e-3",
-        "--lr_warmup_steps", "0", *SMALL_NETWORK, *map(str, more),
-    ]  # fmt: skip
+    return train_argv(
+        data, output, "--batch_size", 5, "--sample_interval", 3, "--epochs", 6, "--lr", 1e-3,
+        "--lr_warmup_steps", 0, *more,
+    )  # fmt: skip
 
 
 def losses_of(run_dir: Path) -> list[float]:
@@ -109,10 +106,8 @@ def test_killed_processes_go_on_as_another_number_of_them(single, tmp_path):
     argv = argv_of(data, tmp_path, "--save_interval", 1, "--gradient_accumulation_steps", 2,
                    "--sample_interval", 1)  # fmt: skip
     process = launched("train.py", argv)
-    deadline = time.monotonic() + 120
-    while not (found := latest_checkpoint(tmp_path / "r")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    assert wait_for(lambda: latest_checkpoint(tmp_path / "r"), process)
+    found = latest_checkpoint(tmp_path / "r")
     # The launcher's children; each lives in a group of its own.
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     workers = children.stdout.split()
@@ -129,10 +124,7 @@ def test_killed_processes_go_on_as_another_number_of_them(single, tmp_path):
 def test_sigterm_to_one_stops_all_after_the_same_step(single, tmp_path):
     data, _ = single
     process = launched("train.py", argv_of(data, tmp_path, "--epochs", 10**6))
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "r" / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    assert wait_for((tmp_path / "r" / "metrics.jsonl").exists, process)
     psutil.Process(process.pid).children()[-1].terminate()
     code, _, err = finished(process, timeout=90)
     assert code != 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import SMALL_NETWORK, SRC, write_world
+from conftest import SRC, train_argv, wait_for, write_world
 
 import train
 from network.checkpoint import load_checkpoint
@@ -25,22 +25,17 @@ KILLS = ("while it writes", "at random", "SIGTERM", "while it writes", "at rando
 
 
 def flags_of(data: Path, output: Path) -> list[str]:
-    return [
-        "--data_dir", str(data), "--output_dir", str(output), "--run_name", "r", "--batch_size",
-        "4", "--device", "cpu", "--mixed_precision", "no", "--wandb", "disabled", "--dropout",
-        "0.1", "--log_interval", "4", "--sample_interval", "40", "--save_interval", "1",
-        "--epochs", "80", *SMALL_NETWORK,
-    ]  # fmt: skip
+    return train_argv(
+        data, output, "--dropout", 0.1, "--log_interval", 4, "--sample_interval", 40,
+        "--save_interval", 1, "--epochs", 80,
+    )  # fmt: skip
 
 
-def wait_for(condition, process: subprocess.Popen) -> bool:
-    """Whether it came true before the process ended."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.0005)
-    return False
+def start(argv: list[str], **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(SRC / "train.py"), *argv],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
 
 
 def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
@@ -52,10 +47,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
     for how in KILLS:
         argv = flags_of(world, tmp_path / "killed")
         argv += ["--resume", "auto"] if latest_checkpoint(run_dir) else []
-        process = subprocess.Popen(
-            [sys.executable, str(SRC / "train.py"), *argv],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        process = start(argv)
         before = set(folder.glob("model_epoch_*.pth"))
         alive = wait_for(lambda b=before: set(folder.glob("model_epoch_*.pth")) - b, process)
         if how == "while it writes":
@@ -90,10 +82,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(world, tmp_path):
 def test_a_signal_to_the_whole_group_spares_the_loaders_workers(tmp_path):
     data = write_world(tmp_path / "data", pictures=240)  # epochs long enough to meet the workers
     argv = [*flags_of(data, tmp_path), "--num_workers", "2", "--epochs", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, str(SRC / "train.py"), *argv], start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start(argv, start_new_session=True)
     folder = tmp_path / "r" / "checkpoints"
     assert wait_for(lambda: any(folder.glob("model_epoch_*.pth")), process)
     time.sleep(0.3)
@@ -110,12 +99,7 @@ def test_a_signal_to_the_whole_group_spares_the_loaders_workers(tmp_path):
 
 
 def test_training_goes_on_when_the_service_of_wandb_is_killed(world, tmp_path):
-    argv = flags_of(world, tmp_path)
-    argv[argv.index("disabled")] = "offline"
-    process = subprocess.Popen(
-        [sys.executable, str(SRC / "train.py"), *argv],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start([*flags_of(world, tmp_path), "--wandb", "offline"])
     folder = tmp_path / "r" / "checkpoints"
     assert wait_for(lambda: any(folder.glob("model_epoch_*.pth")), process)
     services = [child for child in psutil.Process(process.pid).children(recursive=True)
@@ -176,8 +160,7 @@ def test_a_full_disk_for_the_decoded_pictures_is_found_before_decoding(world, tm
 
 
 def test_training_goes_on_when_the_disk_of_wandbs_files_is_full(world, tmp_path):
-    argv = flags_of(world, tmp_path)
-    argv[argv.index("disabled")] = "offline"
+    argv = [*flags_of(world, tmp_path), "--wandb", "offline"]
     done = train_on_a_small_disk(tmp_path / "r" / "wandb", 40, argv)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: wandb stopped (No space left on device)") == 1

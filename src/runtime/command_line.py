@@ -1,0 +1,118 @@
+"""From the command line, or a file, to settings; and from a mistake to a line that says so.
+
+tyro turns settings classes into flags (nested ones without a prefix: `--norm_num_groups 8`);
+pydantic checks types and ranges, for flags and for settings read back from a checkpoint alike.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, TypeVar
+
+import tyro
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from runtime import processes
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """What the user did can't work: one line naming the file or flag, its value and the remedy."""
+
+
+class Settings:
+    """Base of all settings: unknown names and NaN or infinite numbers are refused."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def parse_args(cls: type[T], argv: Sequence[str] | None = None, default: T | None = None) -> T:
+    """Read the command line into `cls`.
+
+    Args:
+        cls: a settings dataclass; its fields become flags, its docstring the help's first line.
+        argv: the flags; None takes them from the command line.
+        default: where values not given as flags come from (None: the class's own defaults).
+
+    Raises:
+        UserError: an unknown flag or a value of the wrong type or range.
+    """
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            config = tyro.cli(
+                cls,
+                args=None if argv is None else list(argv),
+                default=default,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise UserError(_first_paragraph(captured.getvalue())) from None
+    return from_dict(cls, asdict(config), source="")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Settings as JSON-able values (paths become strings, tuples lists); see `from_dict`."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def from_dict(cls: type[T], values: Any, source: str) -> T:
+    """Rebuild settings, the inverse of `to_dict`, refusing unknown names and bad values.
+
+    Args:
+        source: the file that `values` came from, for the message; empty for the command line.
+
+    Raises:
+        UserError: naming the first bad entry, its value and what it should be.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        loc = [str(part) for part in first["loc"]]
+        # Flags have no prefixes; an index into a list (0, 1 ...) is not a name.
+        names = [part for part in loc if part.isidentifier() and not part[0].isupper()]
+        name = f"{source}: {'.'.join(loc)}" if source else f"--{names[-1] if names else loc[-1]}"
+        why = (first["msg"][0].lower() + first["msg"][1:]).removeprefix("value error, ")
+        raise UserError(f"{name} {first['input']!r}: {why}") from None
+
+
+def run(main: Callable[[], Any], if_stopped: str = "stopped") -> None:
+    """Run a script's `main`: a user's mistake ends in one line and exit code 2.
+
+    Args:
+        if_stopped: what to say after Ctrl-C.
+    """
+    try:
+        main()
+    except UserError as error:
+        processes.wait_for_the_first()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a path that no check has foreseen
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"error: {name}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(if_stopped, file=sys.stderr)
+        sys.exit(130)
+    finally:
+        processes.leave()
+
+
+def _first_paragraph(box: str) -> str:
+    """The message inside the box that tyro draws around an error, on one line."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    if not lines:  # a terminal without box characters
+        return " ".join(box.split())
+    rule = next((i for i, line in enumerate(lines) if re.fullmatch("─+", line)), len(lines))
+    flags = [line.split()[0] for line in lines[rule:] if line.startswith("--")]
+    hint = f" (did you mean {flags[0]}?)" if flags and "nrecognized" in lines[0] else ""
+    return " ".join(lines[:rule]) + hint + "; see --help"
