@@ -29,7 +29,7 @@ from runtime.settings import (
     parse_args,
     run,
 )
-from training.resume import latest_checkpoint
+from training.run_folder import latest_checkpoint
 
 BASE = "small"
 VARIANTS = {

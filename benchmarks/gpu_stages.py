@@ -29,7 +29,7 @@ from judging.bench import Bench, draw_frechet, draw_splits, open_bench, with_ref
 from network.checkpoint import PRETRAINED
 from runtime.files import make_folder
 from runtime.settings import ROOT, SamplingConfig, parse_args, run
-from training.resume import latest_checkpoint
+from training.run_folder import latest_checkpoint
 
 
 def data(job: Job) -> None:

@@ -25,7 +25,7 @@ from judging.figures import save_figure, save_image
 from judging.intervals import Interval
 from network.checkpoint import PRETRAINED
 from runtime.files import read_json
-from training.resume import latest_checkpoint
+from training.run_folder import latest_checkpoint
 
 PART = 15 * 2**20
 """Bytes of one file of the network's weights."""

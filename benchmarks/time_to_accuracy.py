@@ -33,7 +33,7 @@ from runtime.settings import (
     run,
 )
 from training.recipes import RECIPES
-from training.resume import checkpoints
+from training.run_folder import checkpoints
 
 FLAGS = {
     "original": "--recipe original --no-ema --mixed_precision no",

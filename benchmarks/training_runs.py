@@ -23,7 +23,7 @@ from runtime.device import pick_device
 from runtime.files import read_json, write_json
 from runtime.settings import ROOT, DataConfig, SamplingConfig, UserError, to_dict
 from training.recipes import RECIPES
-from training.resume import latest_whole_checkpoint
+from training.run_folder import latest_whole_checkpoint
 
 PROBED_STEPS = 100
 NEVER = 1000000

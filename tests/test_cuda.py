@@ -24,7 +24,7 @@ from runtime.seeds import picture_seeds
 from runtime.settings import ModelConfig, SamplingConfig, TrainConfig
 from training import trainer
 from training.optimizer import Muon
-from training.resume import latest_checkpoint
+from training.run_folder import latest_checkpoint
 from training.step import TrainState, build_state, train_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,7 +9,6 @@ from network.checkpoint import load_checkpoint
 from runtime.settings import Settings, TrainConfig, UserError, parse_args
 from training.recipes import RECIPES
 from training.run_folder import Source, latest_checkpoint, latest_whole_checkpoint
-from training.run_folder import checkpoints as checkpoints  # benchmarks ask for it here
 
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
 FREE_ON_RESUME = {
@@ -24,7 +23,8 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
     """Flags, and the checkpoint of --resume or --init_from.
 
     On resuming, flags default to the checkpoint's settings; with --init_from, network and noise
-    schedule default to its. --resume auto starts afresh where there is nothing to go on from.
+    schedule default to its, and only the network's embeddings may be wider. --resume auto starts
+    afresh where there is nothing to go on from.
 
     Raises:
         UserError: nothing to resume, a setting that can't change on the way, or a run folder
@@ -42,8 +42,9 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
         default = replace(default, model=start.model, noise=start.noise)
     config = parse_args(TrainConfig, argv, default)
     if source:
-        for ours, stored in ((config.model, start.model), (config.noise, start.noise)):
-            check_unchanged(ours, stored, source.path, "leave the flag out")
+        remedy = "leave the flag out"
+        check_unchanged(config.model, start.model, source.path, remedy, {"time_embedding_dim"})
+        check_unchanged(config.noise, start.noise, source.path, remedy)
     if config.dry_run:
         return config, None
     if resuming:

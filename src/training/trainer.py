@@ -17,6 +17,7 @@ from diffusion.schedule import make_scheduler
 from iclevr.dataset import IclevrDataset
 from judging.evaluator import Evaluator
 from network.checkpoint import Checkpoint, load_weights, save_checkpoint
+from network.model import widened
 from runtime import processes
 from runtime.device import autocast_dtype
 from runtime.files import write_json
@@ -127,13 +128,22 @@ class Trainer:
         """Take over the averaged weights of another run; everything else starts afresh.
 
         Raises:
-            UserError: it was trained for other objects.
+            UserError: it was trained for other objects, or its embeddings are wider.
         """
         path, checkpoint = source
         if checkpoint.objects != self.objects:
             raise UserError(f"--init_from {path}: was trained for other objects, or another order")
+        weights = checkpoint.ema or checkpoint.model
+        dim = self.config.model.time_embedding_dim
+        if dim != checkpoint.config.model.time_embedding_dim:
+            try:
+                weights = widened(weights, self.state.model.state_dict())
+            except ValueError as error:
+                raise UserError(
+                    f"--time_embedding_dim {dim}: {path} has wider ones ({error})"
+                ) from None
         for model in filter(None, (self.state.model, self.state.ema)):
-            load_weights(model, checkpoint.ema or checkpoint.model, path, "its settings")
+            load_weights(model, weights, path, "its settings")
         print(f"start: weights of {path}, recipe {self.config.recipe} for the training")
 
     def train(self) -> Path:

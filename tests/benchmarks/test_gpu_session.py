@@ -11,7 +11,7 @@ from gpu_training import compile_or_not, train_run
 
 from network.checkpoint import load_checkpoint
 from network.model import stages
-from training.resume import latest_checkpoint
+from training.run_folder import latest_checkpoint
 
 FAKE = """
 import json, pathlib, signal, sys, time

@@ -233,13 +233,15 @@ def test_patches_are_positions_of_more_channels():
 
 def test_wider_embeddings_start_with_the_same_function():
     torch.manual_seed(0)
-    narrow, wide = DiffusionModel(SMALL), DiffusionModel(replace(SMALL, time_embedding_dim=100))
+    narrow, wide = DiffusionModel(SMALL), DiffusionModel(replace(SMALL, time_embedding_dim=200))
     fresh = {name: value.clone() for name, value in wide.state_dict().items()}
     wide.load_state_dict(widened(narrow.state_dict(), fresh))
     x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 200]), torch.eye(24)[:2]
     torch.testing.assert_close(wide(x, t, y), narrow(x, t, y))
     wide(x, t, y).square().sum().backward()
-    assert wide.unet.mid_block.resnets[0].time_emb_proj.weight.grad[:, 64:].abs().max() > 0
-    assert torch.equal(wide.class_embedding[0].weight[64:], fresh["class_embedding.0.weight"][64:])
+    assert wide.unet.mid_block.resnets[0].time_emb_proj.weight.grad[:, 128:].abs().max() > 0
+    assert torch.equal(
+        wide.class_embedding[0].weight[128:], fresh["class_embedding.0.weight"][128:]
+    )
     with pytest.raises(ValueError, match="does not fit"):
         widened(fresh, narrow.state_dict())

@@ -17,7 +17,7 @@ from PIL import Image
 import train
 from network.checkpoint import load_checkpoint
 from runtime import processes
-from training.resume import latest_checkpoint
+from training.run_folder import latest_checkpoint
 
 
 def launched(script: str, argv: list, count: int = 2) -> subprocess.Popen:

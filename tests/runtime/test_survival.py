@@ -19,7 +19,7 @@ from conftest import SRC, train_argv, wait_for, write_world
 
 import train
 from network.checkpoint import load_checkpoint
-from training.resume import latest_checkpoint, latest_whole_checkpoint
+from training.run_folder import latest_checkpoint, latest_whole_checkpoint
 
 KILLS = ("while it writes", "at random", "SIGTERM", "while it writes", "at random")
 

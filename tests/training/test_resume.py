@@ -208,6 +208,12 @@ def test_a_run_starts_from_the_weights_of_another(trained, tmp_path):
     assert "--prediction_type sample" in message
     assert "not found" in error_of(train.main, [*argv, "--init_from", tmp_path / "nothing.pth"])
     assert not (tmp_path / "x").exists()
+    wide = load_checkpoint(train.main([str(a) for a in [*flags, "w", "--time_embedding_dim", 80]]))
+    assert wide.config.model.time_embedding_dim == 80
+    name = "unet.time_embedding.linear_1.weight"
+    torch.testing.assert_close(wide.ema[name][:64], weights[name].float(), atol=1e-6, rtol=0)
+    message = error_of(train.main, [*flags, "x", "--time_embedding_dim", 60])
+    assert "--time_embedding_dim 60" in message and "wider" in message
     # Once begun, it goes on without the file that it started from.
     half.unlink()
     train.main(["--resume", str(tmp_path / "half"), "--max_train_steps", "2"])
