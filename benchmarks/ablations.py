@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from training_runs import minutes_trained, plan_runs, score_all, train_all
+from training_runs import caption, score_all, train_equally_long
 
+from judging.figures import save_text
 from judging.intervals import Interval, mean_interval
-from runtime.files import atomic_write, make_folder, read_json
+from judging.metrics import markdown
 from runtime.settings import (
     ROOT,
     DataConfig,
@@ -92,53 +93,33 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for name in config.variants:
         if name not in VARIANTS:
             raise UserError(f"--variants {name}: unknown; there are {', '.join(VARIANTS)}")
-    make_folder(config.output_dir)
     names = [BASE, *(name for name in config.variants if name != BASE)]
     flags = {name: f"--recipe small {VARIANTS[name][0]}" for name in names}
-    runs = plan_runs(flags, config.minutes, 1, config.output_dir, config.data, config.at_once)
-    train_all(runs, config.output_dir, config.data, config.at_once)
+    train_equally_long(flags, config.minutes, 1, config.output_dir, config.data, config.at_once)
     found = {name: latest_checkpoint(config.output_dir / name) for name in names}
-
-    def describe(name: str, step: int) -> dict:
-        run_dir = config.output_dir / name
-        pictures = step * read_json(run_dir / "config.json")["batch_size"]
-        return {"minutes": minutes_trained(run_dir), "pictures": pictures, "flags": flags[name]}
-
     path = config.output_dir / "ablations.json"
-    report = score_all(found, config.data, config.sampling, config.num_seeds, path, describe)
+    notes = {name: {"flags": flags[name]} for name in names}
+    report = score_all(found, config.data, config.sampling, config.num_seeds, path, notes)
     text = summary(report)
-    with atomic_write(config.output_dir / "ablations.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    save_text(text, config.output_dir / "ablations.md")
     print(f"{text}\n{config.output_dir}")
     return report
 
 
 def summary(report: dict) -> str:
     """A line for each variant, with its difference to the recipe as it is."""
-    lines = [
-        "| change | flag | minutes | pictures seen | accuracy | difference | exact sets |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+    head = ["change", "flag", "minutes", "pictures seen", "accuracy", "difference", "exact sets"]
+    rows = []
     base = np.array(report["points"][BASE]["draws"]["accuracy"])
-    for name, row in report["points"].items():
-        paired = np.array(row["draws"]["accuracy"]) - base
+    for name, point in report["points"].items():
         flag, what = VARIANTS[name]
-        cells = [
-            what,
-            f"`{flag}`" if flag else "",
-            f"{row['minutes']:.1f}",
-            f"{row['pictures']:,}",
-            str(Interval(**row["accuracy"])),
-            "-" if name == BASE else str(mean_interval(paired)),
-            str(Interval(**row["exact_sets"])),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"judge: {report['judge']}; {report['machine']['device']}; mean of both splits; one "
-        f"training each, 95% intervals over {report['seeds']} draws",
-    ]
-    return "\n".join(lines)
+        difference = mean_interval(np.array(point["draws"]["accuracy"]) - base)
+        rows.append([
+            what, flag and f"`{flag}`", f"{point['minutes']:.1f}", f"{point['pictures']:,}",
+            Interval(**point["accuracy"]), "-" if name == BASE else difference,
+            Interval(**point["exact_sets"]),
+        ])  # fmt: skip
+    return f"{markdown(head, rows, num_texts=2)}\n\n{caption(report)}"
 
 
 if __name__ == "__main__":

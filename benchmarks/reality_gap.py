@@ -20,7 +20,7 @@ from iclevr.image_cache import read_image
 from judging.evaluator import IMAGE_SIZE, evaluate, load_evaluator
 from judging.metrics import record, summarise, table
 from runtime.files import write_json
-from runtime.settings import run
+from runtime.settings import run, to_dict
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             images = normalize(torch.stack([torch.tensor(image) for image in images]))
             figures[split] = summarise([record(evaluate(judge, images, labels))])
         print(f"judge: {judge.name}, threshold {judge.threshold:.3f}, {path}\n{table(figures)}\n")
-        report[str(path)] = {s: {k: vars(v) for k, v in figures[s].items()} for s in SPLITS}
+        report[str(path)] = to_dict(figures)
     write_json(Path(__file__).with_suffix(".json"), report)
 
 

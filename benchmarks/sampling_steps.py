@@ -14,22 +14,12 @@ already are not made again.
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
+from common import interleave, machine, ratios, show, spread
 
-from common import (
-    interleave,
-    machine,
-    ratios,
-    shares,
-    show,
-    spread,
-)
-
-from diffusion.sampling import evaluations, sample
+from diffusion.sampling import evaluations
 from diffusion.schedule import check_steps
 from judging.bench import (
     Bench,
@@ -38,14 +28,15 @@ from judging.bench import (
     draw_splits,
     open_bench,
     settings_key,
+    split_records,
     with_reference,
 )
-from judging.figures import save_figure
+from judging.figures import panels, plot_intervals, save_figure, save_text
 from judging.intervals import Interval, mean_interval
-from judging.metrics import record
+from judging.metrics import SHARES, markdown, split_means
 from judging.realism import frechet_floor
 from network.checkpoint import PRETRAINED
-from runtime.files import atomic_write, make_folder, read_json, write_json
+from runtime.files import make_folder, read_json, write_json
 from runtime.seeds import picture_seeds
 from runtime.settings import (
     ROOT,
@@ -71,6 +62,8 @@ LONG = 100
 """Runs of at least so many steps are what the short ones are held to."""
 SOLVERS = ("dpmpp", "unipc")
 """These are also guided in intervals only."""
+ORIGINAL = SamplingConfig(num_inference_steps=100, batch_size=1, mixed_precision="no")
+"""As the original draws, but for the guidance scale."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +108,9 @@ def samplers(config: StepsConfig, bench: Bench) -> dict[str, SamplingConfig]:
                 except UserError as error:
                     print(f"{name} {steps}: left out: {error}", file=sys.stderr)
                     continue
-                label = f"{name} {steps}"
-                label += (
-                    "" if interval == (0, 1) else f", guided in {interval[0]:g}-{interval[1]:g}"
-                )
-                found[label] = sampling
+                throughout = interval == (0, 1)
+                where = "" if throughout else ", guided in {:g}-{:g}".format(*interval)
+                found[f"{name} {steps}{where}"] = sampling
     return found
 
 
@@ -128,94 +119,113 @@ def is_long(name: str) -> bool:
     return int(name.split(",")[0].split()[1]) >= LONG
 
 
-def summarise(names: Sequence[str], draws: dict[str, list[Draw]]) -> dict[str, dict]:
+def draw_all(
+    config: StepsConfig, bench: Bench, chosen: dict[str, SamplingConfig], folder: Path
+) -> dict[str, list[Draw]]:
+    """Draws of each sampler, kept in files of their own."""
+    draws: dict[str, list[Draw]] = {}
+    for number, (name, sampling) in enumerate(chosen.items(), start=1):
+        draws[name] = []
+        for seed in range(config.num_seeds):
+            count = config.num_fd_samples if seed == 0 and bench.reference else 0
+            path = folder / "draws" / f"{name.replace(' ', '_')}-seed{seed}-fd{count}.json"
+            if not path.exists():
+                print(f"{number} of {len(chosen)}: {name}, seed {seed}", flush=True)
+                found = split_records(draw_splits(bench, sampling, seed))
+                distance = draw_frechet(bench, sampling, seed, count) if count else None
+                write_json(path, vars(Draw(found, distance)))
+            draws[name].append(Draw(**read_json(path)))
+    return draws
+
+
+def summarise(draws: dict[str, list[Draw]]) -> dict:
     """Intervals over seeds; and against the best long run, paired by seed."""
-    best = max(filter(is_long, names), key=lambda n: shares(draws[n], "accuracy").mean())
-    rows = {}
-    for name in names:
-        row: dict = {}
-        for figure in ("accuracy", "exact_sets"):
-            values = shares(draws[name], figure)
-            row[figure] = vars(mean_interval(values, 0, 1))
-            difference = values - shares(draws[best], figure)
-            row[f"{figure}_minus_best_long"] = vars(mean_interval(difference))
+    values = {
+        figure: {n: split_means([d.records for d in draws[n]], figure).mean(axis=1) for n in draws}
+        for figure in SHARES
+    }
+    best = max(filter(is_long, draws), key=lambda name: values["accuracy"][name].mean())
+    rows: dict[str, dict] = {name: {} for name in draws}
+    for name, row in rows.items():
+        for figure, of in values.items():
+            row[figure] = mean_interval(of[name], 0, 1)
+            row[f"{figure}_minus_best_long"] = mean_interval(of[name] - of[best])
         distances = [draw.frechet for draw in draws[name] if draw.frechet is not None]
         if distances:
-            row["frechet_distance"] = vars(mean_interval(distances, lowest=0))
-        rows[name] = row
-    return {"best_long": best, "rows": rows}
+            row["frechet_distance"] = mean_interval(distances, lowest=0)
+    return to_dict({"best_long": best, "rows": rows})
 
 
-def as_good(difference: dict) -> bool:
-    """Whether the interval of a difference reaches 0."""
-    return (difference["mean"] if difference["high"] is None else difference["high"]) >= 0
+def as_good(row: dict) -> bool:
+    """Whether the intervals of the differences to the best long run reach 0."""
+    differences = [row[f"{figure}_minus_best_long"] for figure in SHARES]
+    return all((d["mean"] if d["high"] is None else d["high"]) >= 0 for d in differences)
 
 
 def draw_chart(report: dict, path: Path) -> None:
     """Three panels over the evaluations, a line for each scheduler guided all the way."""
-    figures = ("accuracy", "exact_sets", "frechet_distance")
-    shown = [f for f in figures if all(f in row for row in report["rows"].values())]
-    figure, panels = plt.subplots(
-        len(shown), 1, figsize=(8, 3 * len(shown)), sharex=True, layout="constrained", squeeze=False
-    )
-    for axes, name in zip(panels[:, 0], shown, strict=True):
-        for scheduler in STEPS:
-            rows = [r for n, r in report["rows"].items() if n.split()[0] == scheduler]
-            for guided, marker in ((True, "o-"), (False, "x")):
-                these = [r for r in rows if r["guided_throughout"] is guided]
-                if not these:
-                    continue
-                x = [r["evaluations"] for r in these]
-                mean = np.array([r[name]["mean"] for r in these])
-                low, high = (
-                    np.array([r[name]["mean"] if r[name][k] is None else r[name][k] for r in these])
-                    for k in ("low", "high")
-                )
-                label = scheduler + ("" if guided else ", guided in an interval")
-                color = f"C{list(STEPS).index(scheduler)}"
-                axes.errorbar(x, mean, (mean - low, high - mean), fmt=marker, color=color,
-                              label=label, markersize=4, capsize=2, linewidth=1)  # fmt: skip
-        axes.set(xscale="log", ylabel=f"{name.replace('_', ' ')}\n(95% interval)")
-        axes.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize=8)
-    panels[0, 0].set(title=report["title"])
-    panels[-1, 0].set(xlabel="evaluations of the network for one picture")
+    rows = report["rows"]
+    shown = [f for f in (*SHARES, "frechet_distance") if all(f in row for row in rows.values())]
+    figure, axes_of = panels(shown, report["title"], "evaluations of the network for one picture")
+    for name, axes in axes_of.items():
+        for number, scheduler in enumerate(STEPS):
+            of_scheduler = [row for label, row in rows.items() if label.split()[0] == scheduler]
+            for guided, style in ((True, "o-"), (False, "x")):
+                if these := [r for r in of_scheduler if r["guided_throughout"] is guided]:
+                    label = scheduler + ("" if guided else ", guided in an interval")
+                    x, y = ([row[key] for row in these] for key in ("evaluations", name))
+                    plot_intervals(axes, x, y, style, band=False, color=f"C{number}", label=label)
+        axes.set(xscale="log")
+    axes_of["accuracy"].legend(fontsize=8)
     save_figure(figure, path)
 
 
-def one_at_a_time(sampling: SamplingConfig) -> SamplingConfig:
-    """The original's loop, at the same guidance scale."""
-    return SamplingConfig(
-        scheduler="ddpm", num_inference_steps=100, batch_size=1, mixed_precision="no",
-        guidance_scale=sampling.guidance_scale,
-    )  # fmt: skip
-
-
-def timing(config: StepsConfig, bench: Bench, fast: SamplingConfig) -> dict[str, list[float]]:
-    """Seconds per picture, in turns: one at a time with 100 DDPM steps, and `fast` in batches."""
-    noise = bench.checkpoint.config.noise
-    original = one_at_a_time(fast)
+def timing(config: StepsConfig, bench: Bench, fast: SamplingConfig) -> list[list[float]]:
+    """Seconds per picture, in turns: as the original draws, and `fast` in batches."""
+    original = replace(ORIGINAL, guidance_scale=fast.guidance_scale)
     labels = bench.labels["test"]
 
     def seconds(sampling: SamplingConfig, count: int) -> float:
         since = time.perf_counter()
-        sample(bench.model, noise, labels[:count], picture_seeds(0, count), sampling,
-               progress=False)  # fmt: skip
+        bench.sample(labels[:count], picture_seeds(0, count), sampling, progress=False)
         return (time.perf_counter() - since) / count
 
     seconds(fast, len(labels))  # warm up
-    return interleave(
-        {
-            "one at a time, ddpm 100, float32": lambda: seconds(original, config.timed_pictures),
-            "fast": lambda: seconds(fast, len(labels)),
-        },
-        config.rounds,
+    variants = {
+        "one at a time": lambda: seconds(original, config.timed_pictures),
+        "fast": lambda: seconds(fast, len(labels)),
+    }
+    return list(interleave(variants, config.rounds).values())
+
+
+def in_words(report: dict, original: list[float], fast: list[float]) -> str:
+    """The table, and what it says."""
+    figures = ("accuracy", "exact_sets", "accuracy_minus_best_long", "frechet_distance")
+    head = ["sampler", "evaluations", "accuracy", "exact sets", "accuracy minus best long run",
+            "Frechet distance"]  # fmt: skip
+    rows = (
+        [name, row["evaluations"], *(Interval(**row[f]) if f in row else "-" for f in figures)]
+        for name, row in report["rows"].items()
     )
+    best = f"best long run: {report['best_long']}"
+    if floor := report.get("frechet_distance_of_training_pictures"):
+        count = report["num_fd_samples"]
+        best += f"; Frechet distance of {count} training pictures: {floor:.1f}"
+    _, timed = report["seconds_per_picture"]
+    as_good = report["cheapest_as_good"] is not None
+    found = "cheapest within its interval" if as_good else "no short run within its interval; timed"
+    return "\n".join([
+        f"{report['title']}; {report['machine']['device']}", "", markdown(head, rows), "", best,
+        f"{found}: {timed}",
+        f"seconds per picture: one at a time, 100 DDPM steps, float32: {show(original)}; "
+        f"{timed}: {show(fast)}; ratio {show(ratios(original, fast))}",
+    ])  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     config = parse_args(StepsConfig, argv)
     bench = open_bench(config.ckpt_path, config.data, config.device)
+    noise = bench.checkpoint.config.noise
     if config.num_fd_samples:
         bench = with_reference(bench)
     sampling = SamplingConfig(
@@ -227,35 +237,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
     chosen = samplers(config, bench)
     if len({is_long(name) for name in chosen}) < 2:
         raise UserError(f"{config.ckpt_path}: its timesteps suit no long runs, or no short ones")
-    check_steps(bench.checkpoint.config.noise, one_at_a_time(sampling))  # before all the drawing
-    draws: dict[str, list[Draw]] = {}
-    for number, (name, sampling) in enumerate(chosen.items(), start=1):
-        draws[name] = []
-        for seed in range(config.num_seeds):
-            count = config.num_fd_samples if seed == 0 and bench.reference else 0
-            path = folder / "draws" / f"{name.replace(' ', '_')}-seed{seed}-fd{count}.json"
-            if not path.exists():
-                print(f"{number} of {len(chosen)}: {name}, seed {seed}", flush=True)
-                splits = draw_splits(bench, sampling, seed)
-                distance = draw_frechet(bench, sampling, seed, count) if count else None
-                records = {split: record(result) for split, (_, result) in splits.items()}
-                write_json(path, vars(Draw(records, distance)))
-            draws[name].append(Draw(**read_json(path)))
+    check_steps(noise, ORIGINAL)  # before all the drawing
 
-    report = summarise(list(chosen), draws)
+    report = summarise(draw_all(config, bench, chosen, folder))
     for name, row in report["rows"].items():
-        row["evaluations"] = evaluations(bench.checkpoint.config.noise, chosen[name])
+        row["evaluations"] = evaluations(noise, chosen[name])
         row["guided_throughout"] = chosen[name].guidance_interval == (0, 1)
-    equal = [
-        name
-        for name, row in report["rows"].items()
-        if not is_long(name)
-        and all(as_good(row[f"{figure}_minus_best_long"]) for figure in ("accuracy", "exact_sets"))
-    ]  # fmt: skip
-    cheapest = min(equal or [n for n in chosen if not is_long(n)],
-                   key=lambda n: report["rows"][n]["evaluations"])  # fmt: skip
-    seconds = timing(config, bench, chosen[cheapest])
-    original, fast = seconds.values()
+    short = [name for name in chosen if not is_long(name)]
+    equal = [name for name in short if as_good(report["rows"][name])]
+    cheapest = min(equal or short, key=lambda name: report["rows"][name]["evaluations"])
+    original, fast = timing(config, bench, chosen[cheapest])
     report |= {
         "title": f"{bench.run_name}, guidance {config.guidance_scale:g}, judge: {bench.judge.name}",
         "checkpoint": str(config.ckpt_path),
@@ -266,35 +257,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "cheapest_as_good": cheapest if equal else None,
         "seconds_per_picture": {"one at a time": spread(original), cheapest: spread(fast)},
         "ratio": spread(ratios(original, fast)),
-        "sampling": {name: to_dict(sampling) for name, sampling in chosen.items()},
+        "sampling": to_dict(chosen),
     }
-    columns = ("accuracy", "exact_sets", "accuracy_minus_best_long", "frechet_distance")
-    lines = [
-        f"{report['title']}; {report['machine']['device']}", "",
-        "| sampler | evaluations | accuracy | exact sets | accuracy minus best long run | "
-        "Frechet distance |", "|---|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
-    for name, row in report["rows"].items():
-        cells = [str(Interval(**row[f])) if f in row else "-" for f in columns]
-        lines.append(f"| {name} | {row['evaluations']} | {' | '.join(cells)} |")
-    lines += ["", f"best long run: {report['best_long']}"]
     if bench.reference:
-        report["frechet_distance_of_training_pictures"] = frechet_floor(
-            bench.reference, config.num_fd_samples, 0
-        )
-        lines[-1] += (f"; Frechet distance of {config.num_fd_samples} training pictures: "
-                      f"{report['frechet_distance_of_training_pictures']:.1f}")  # fmt: skip
-    found = "cheapest within its interval" if equal else "no short run within its interval; timed"
-    lines += [
-        f"{found}: {cheapest}",
-        f"seconds per picture: one at a time, 100 DDPM steps, float32: {show(original)}; "
-        f"{cheapest}: {show(fast)}; ratio {show(ratios(original, fast))}",
-    ]
+        floor = frechet_floor(bench.reference, config.num_fd_samples, 0)
+        report["frechet_distance_of_training_pictures"] = floor
+    text = in_words(report, original, fast)
     write_json(folder / "sampling_steps.json", report)
-    with atomic_write(folder / "sampling_steps.md") as temporary:
-        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    save_text(text, folder / "sampling_steps.md")
     draw_chart(report, folder / "sampling_steps.png")
-    print("\n".join(lines) + f"\n{folder}")
+    print(f"{text}\n{folder}")
     return report
 
 

@@ -13,15 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-
 from common import model_flags
-from training_runs import minutes_trained, plan_runs, score_all, train_all
+from training_runs import caption, score_all, train_equally_long
 
-from judging.figures import save_figure
+from judging.figures import panels, plot_intervals, save_figure, save_text
 from judging.intervals import Interval
-from runtime.files import atomic_write, make_folder
+from judging.metrics import SHARES, markdown
 from runtime.settings import (
     ROOT,
     DataConfig,
@@ -64,27 +61,20 @@ class TimeConfig(Settings):
 
 def main(argv: Sequence[str] | None = None) -> dict:
     config = parse_args(TimeConfig, argv)
-    make_folder(config.output_dir)
     variants = {name: f"{config.network} {flags}" for name, flags in FLAGS.items()}
-    runs = plan_runs(
+    train_equally_long(
         variants, config.minutes, config.num_checkpoints, config.output_dir, config.data,
         at_once=len(FLAGS),
     )  # fmt: skip
-    train_all(runs, config.output_dir, config.data, at_once=len(FLAGS))
     found = {
         f"{recipe}/{path.name}": path
         for recipe in FLAGS
         for path in checkpoints(config.output_dir / recipe)
     }
-
-    def describe(name: str, step: int) -> dict:
-        return {"minutes": minutes_trained(found[name].parents[1], step)}
-
     path = config.output_dir / "time_to_accuracy.json"
-    report = score_all(found, config.data, config.sampling, config.num_seeds, path, describe)
+    report = score_all(found, config.data, config.sampling, config.num_seeds, path)
     text = summary(report)
-    with atomic_write(config.output_dir / "time_to_accuracy.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    save_text(text, config.output_dir / "time_to_accuracy.md")
     draw_chart(report, config.output_dir / "time_to_accuracy.png")
     print(f"{text}\n{config.output_dir}")
     return report
@@ -98,41 +88,31 @@ def points(report: dict, recipe: str) -> list[dict]:
 
 def summary(report: dict) -> str:
     """A line for each point, and when ours reaches what the original has at the end."""
-    lines = ["| recipe | minutes | steps | accuracy | exact sets |", "|---|---:|---:|---:|---:|"]
-    for recipe in FLAGS:
-        for p in points(report, recipe):
-            cells = " | ".join(str(Interval(**p[f])) for f in ("accuracy", "exact_sets"))
-            lines.append(f"| {recipe} | {p['minutes']:.1f} | {p['step']} | {cells} |")
+    rows = (
+        [recipe, f"{p['minutes']:.1f}", p["step"], *(Interval(**p[figure]) for figure in SHARES)]
+        for recipe in FLAGS
+        for p in points(report, recipe)
+    )
     original, ours = (points(report, recipe) for recipe in FLAGS)
     goal = original[-1]["accuracy"]["mean"]
     reached = next((p["minutes"] for p in ours if p["accuracy"]["mean"] >= goal), None)
-    lines += [
-        "",
-        f"judge: {report['judge']}; {report['machine']['device']}, half of the cores each; mean of "
-        f"both splits; one training each, 95% intervals over {report['seeds']} draws",
+    at = "none of its checkpoints" if reached is None else f"the checkpoint of minute {reached:.0f}"
+    return "\n".join([
+        markdown(["recipe", "minutes", "steps", "accuracy", "exact sets"], rows), "",
+        caption(report),
         f"the original's {goal:.3f} after {original[-1]['minutes']:.0f} minutes is reached by ours "
-        + (
-            f"at the checkpoint of minute {reached:.0f}"
-            if reached
-            else "at none of its checkpoints"
-        ),
+        f"at {at}",
         f"at the end ours has {100 * (ours[-1]['accuracy']['mean'] - goal):+.1f} points",
-    ]
-    return "\n".join(lines)
+    ])  # fmt: skip
 
 
 def draw_chart(report: dict, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    name = "accuracy, mean of both splits"
+    figure, axes_of = panels([name], "", "minutes of training")
     for recipe in FLAGS:
-        found = points(report, recipe)
-        x = [p["minutes"] for p in found]
-        mean, low, high = (np.array([p["accuracy"][k] for p in found], dtype=float)
-                           for k in ("mean", "low", "high"))  # fmt: skip
-        axes.plot(x, mean, "o-", label=recipe, markersize=4)
-        axes.fill_between(x, low, high, alpha=0.15)
-    axes.set(xlabel="minutes of training", ylabel="accuracy, mean of both splits\n(95% interval)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        x, y = zip(*((p["minutes"], p["accuracy"]) for p in points(report, recipe)), strict=True)
+        plot_intervals(axes_of[name], x, y, label=recipe)
+    axes_of[name].legend()
     save_figure(figure, path)
 
 

@@ -8,19 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import machine, shares
+from common import machine
 
 from iclevr.dataset import find_data, read_objects, read_train
-from judging.bench import Draw, draw_splits, open_bench
-from judging.evaluator import git_blob_hash, require_evaluator
+from judging.bench import draw_splits, open_bench, split_records
+from judging.evaluator import load_evaluator
 from judging.intervals import mean_interval
-from judging.metrics import record
-from runtime.device import pick_device
-from runtime.files import read_json, write_json
+from judging.metrics import SHARES, split_means
+from runtime.files import make_folder, read_json, write_json
 from runtime.settings import ROOT, DataConfig, SamplingConfig, UserError, to_dict
 from training.recipes import RECIPES
 from training.run_folder import latest_whole_checkpoint
@@ -50,8 +48,8 @@ def check_data(data: DataConfig) -> tuple[int, str]:
     """
     paths = find_data(data)
     objects = read_objects(paths.data_dir)
-    judge = require_evaluator(paths, objects, "cpu")
-    return len(read_train(paths.data_dir, objects)[0]), git_blob_hash(judge.path)
+    judge = load_evaluator(paths.evaluator, objects)
+    return len(read_train(paths.data_dir, objects)[0]), judge.blob
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -83,7 +81,7 @@ def train_all(runs: dict[str, Run], output_dir: Path, data: DataConfig, at_once:
         UserError: some trainings failed; the others are done.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, (cores or 1) // at_once)
+    threads = str(max(1, cores // at_once))
     waiting, running, failed = list(runs), {}, []
 
     def start(name: str) -> subprocess.Popen | None:
@@ -97,7 +95,7 @@ def train_all(runs: dict[str, Run], output_dir: Path, data: DataConfig, at_once:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "src" / "train.py"), *shlex.split(command)],
             start_new_session=True,  # signals are this process's business
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=os.environ | {"OMP_NUM_THREADS": threads},
         )
 
     def stop(number: int, _: object) -> None:
@@ -126,56 +124,51 @@ def train_all(runs: dict[str, Run], output_dir: Path, data: DataConfig, at_once:
         raise UserError(f"trainings that failed (exit code): {', '.join(failed)}")
 
 
-def plan_runs(
+def train_equally_long(
     variants: dict[str, str],
     minutes: float,
     num_checkpoints: int,
     output_dir: Path,
     data: DataConfig,
     at_once: int,
-) -> dict[str, Run]:
-    """Runs whose steps fit into the budget, by the speed of their first 100, for `train_all`.
+) -> None:
+    """Train every variant for so many minutes, their steps by the speed of the first 100.
 
-    Kept in plan.json for a second start.
+    The plan is kept in plan.json, by which a second start goes on.
 
     Args:
         variants: name -> flags.
         num_checkpoints: about so many of each run, evenly spaced, in whole epochs.
 
     Raises:
-        UserError: the folder holds the plan of other settings, or a probe failed.
+        UserError: the folder holds the plan of other settings, or a training failed.
     """
     pictures, _ = check_data(data)
+    make_folder(output_dir)
     path = output_dir / "plan.json"
     settings = {
         "variants": variants, "minutes": minutes, "num_checkpoints": num_checkpoints,
         "data": data_flags(data), "at_once": at_once,
         "recipes": {name: to_dict(recipe) for name, recipe in RECIPES.items()},
     }  # fmt: skip
-    if path.exists():
-        plan = read_json(path)
-        if plan["settings"] != settings:
-            raise UserError(f"{path}: made with other settings; choose another --output_dir")
-        return {name: Run(*values) for name, values in plan["runs"].items()}
-    rare = f"--sample_interval {NEVER} --epochs {NEVER}"
-    probes = {
-        f"probe-{name}": Run(
-            f"{flags} {rare} --save_interval {NEVER} --max_train_steps {PROBED_STEPS}",
-            PROBED_STEPS,
-        )
-        for name, flags in variants.items()
-    }
-    train_all(probes, output_dir, data, at_once)
-    runs = {}
-    for name, flags in variants.items():
-        folder = output_dir / f"probe-{name}"
-        steps = max(1, round(minutes * PROBED_STEPS / minutes_trained(folder)))
-        epochs = steps * read_json(folder / "config.json")["batch_size"] / pictures
-        interval = max(1, round(epochs / num_checkpoints))
-        flags = f"{flags} {rare} --save_interval {interval} --max_train_steps {steps}"
-        runs[name] = Run(flags, steps)
-    write_json(path, {"settings": settings, "runs": runs})
-    return runs
+    if not path.exists():
+        rare = f"--sample_interval {NEVER} --epochs {NEVER}"
+        probe = f"{rare} --save_interval {NEVER} --max_train_steps {PROBED_STEPS}"
+        probes = {f"probe-{n}": Run(f"{v} {probe}", PROBED_STEPS) for n, v in variants.items()}
+        train_all(probes, output_dir, data, at_once)
+        runs = {}
+        for name, flags in variants.items():
+            folder = output_dir / f"probe-{name}"
+            steps = max(1, round(minutes * PROBED_STEPS / minutes_trained(folder)))
+            epochs = steps * read_json(folder / "config.json")["batch_size"] / pictures
+            interval = max(1, round(epochs / num_checkpoints))
+            more = f"{rare} --save_interval {interval} --max_train_steps {steps}"
+            runs[name] = Run(f"{flags} {more}", steps)
+        write_json(path, {"settings": settings, "runs": runs})
+    plan = read_json(path)
+    if plan["settings"] != settings:
+        raise UserError(f"{path}: made with other settings; choose another --output_dir")
+    train_all({n: Run(*run) for n, run in plan["runs"].items()}, output_dir, data, at_once)
 
 
 def score_all(
@@ -184,18 +177,18 @@ def score_all(
     sampling: SamplingConfig,
     num_seeds: int,
     path: Path,
-    describe: Callable[[str, int], dict[str, Any]],
+    notes: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Draw and score both splits with each checkpoint: means of both, intervals over seeds.
 
     Args:
         checkpoints: name -> file.
         path: JSON that keeps the scores for a second start.
-        describe: (name, its step) -> what else to note of it.
+        notes: name -> what else to keep there.
 
     Returns:
         the content of `path`: {"points": {name: {"accuracy", "exact_sets": intervals, "draws":
-        each seed's values, "step" ...}}, "judge" ...}.
+        each seed's values, "step", "minutes" and "pictures" of its training}}, "judge" ...}.
 
     Raises:
         UserError: `path` holds scores of other settings or another judge.
@@ -212,17 +205,25 @@ def score_all(
             continue
         print(f"score {name}", flush=True)
         bench = open_bench(checkpoint, data, None)
-        draws = []
-        for seed in range(num_seeds):
-            splits = draw_splits(bench, sampling, seed)
-            draws.append(Draw({split: record(result) for split, (_, result) in splits.items()}))
-        values = {figure: shares(draws, figure) for figure in ("accuracy", "exact_sets")}
-        report["points"][name] = (
-            {figure: vars(mean_interval(of_seeds, 0, 1)) for figure, of_seeds in values.items()}
-            | {"draws": {figure: of_seeds.tolist() for figure, of_seeds in values.items()}}
-            | {"step": bench.checkpoint.step}
-            | describe(name, bench.checkpoint.step)
-        )
-        report |= {"judge": bench.judge.name, "machine": machine(pick_device(None))}
+        draws = [split_records(draw_splits(bench, sampling, seed)) for seed in range(num_seeds)]
+        values = {figure: split_means(draws, figure).mean(axis=1) for figure in SHARES}
+        step = bench.checkpoint.step
+        report["points"][name] = {
+            **{figure: vars(mean_interval(of, 0, 1)) for figure, of in values.items()},
+            "draws": {figure: of.tolist() for figure, of in values.items()},
+            "step": step,
+            "minutes": minutes_trained(checkpoint.parents[1], step),
+            "pictures": step * bench.checkpoint.config.batch_size,
+            **(notes or {}).get(name, {}),
+        }
+        report |= {"judge": bench.judge.name, "machine": machine(bench.device)}
         write_json(path, report)
     return report
+
+
+def caption(report: dict[str, Any]) -> str:
+    """How the figures of `score_all` came about."""
+    return (
+        f"judge: {report['judge']}; {report['machine']['device']}; mean of both splits; one "
+        f"training each, 95% intervals over {report['seeds']} draws"
+    )

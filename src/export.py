@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import diffusers
 import torch
@@ -34,7 +34,6 @@ from network.checkpoint import (
     save_checkpoint,
 )
 from network.model import DiffusionModel, unet_arguments
-from runtime.device import pick_device
 from runtime.files import make_folder, read_json
 from runtime.settings import (
     ROOT,
@@ -103,12 +102,6 @@ class ExportConfig(Settings):
     """Name that the copy carries, and its results are filed under (default: the run's)."""
 
 
-def without_paths(config: TrainConfig) -> TrainConfig:
-    """The settings of a run, without where on its machine it lay."""
-    nowhere = dict(output_dir=Path("output"), data=DataConfig(), resume=None, init_from=None)
-    return replace(config, **nowhere)
-
-
 def to_half(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     """The averaged weights in float16, for sampling only: no optimiser state.
 
@@ -120,8 +113,7 @@ def to_half(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     for key, value in weights.items():
         if not value.isfinite().all():
             raise UserError(f"{path}: {key} does not fit into float16; use --to diffusers")
-    config = without_paths(checkpoint.config)
-    return replace(checkpoint, config=config, model=weights, ema=None, training={})
+    return replace(checkpoint, model=weights, ema=None, training={})
 
 
 def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
@@ -133,23 +125,21 @@ def to_diffusers(checkpoint: Checkpoint, path: Path, out: Path) -> None:
     config = checkpoint.config
     if config.model.halve_every_block:
         raise UserError(f"{path}: trained with --halve_every_block, which diffusers' U-Net lacks")
-    model = load_model(checkpoint, path, pick_device("cpu"))
+    model = load_model(checkpoint, path, torch.device("cpu"))
     unet = diffusers.UNet2DModel(**unet_arguments(config.model))
     unet.load_state_dict(model.unet.state_dict())
     objects = checkpoint.objects
+    size, noise, net = config.model.image_size, config.noise, unet.config
     card = CARD.format(
-        name=config.run_name, size=config.model.image_size, side=unet.config.sample_size,
+        name=config.run_name, size=size, side=net.sample_size, channels=net.in_channels,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, steps=checkpoint.step,
-        prediction=config.noise.prediction_type, classes=len(objects), objects=json.dumps(objects),
-        sampling_steps=check_steps(config.noise, SamplingConfig(scheduler="ddim")),
-        average="averaged" if config.ema else "last", first=json.dumps(next(iter(objects))),
-        channels=unet.config.in_channels, patch=config.model.patch_size,
-        scaling=config.noise.scaling_factor, shift=config.noise.shift_factor,
+        prediction=noise.prediction_type, average="averaged" if config.ema else "last",
+        classes=len(objects), objects=json.dumps(objects), first=json.dumps(next(iter(objects))),
+        sampling_steps=check_steps(noise, SamplingConfig(scheduler="ddim")),
+        patch=config.model.patch_size, scaling=noise.scaling_factor, shift=noise.shift_factor,
     )  # fmt: skip
-    settings = {
-        "config": to_dict(without_paths(config)), "objects": objects, "epoch": checkpoint.epoch,
-        "step": checkpoint.step,
-    }  # fmt: skip
+    settings = {"config": to_dict(config), "objects": objects, "epoch": checkpoint.epoch,
+                "step": checkpoint.step}  # fmt: skip
     make_folder(out.parent, "--out")
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=".tmp-"))
     try:
@@ -176,31 +166,26 @@ def from_diffusers(folder: Path) -> Checkpoint:
         UserError: something is missing, damaged or doesn't fit together.
     """
     remedy = "name a folder that src/export.py has written"
-    settings: Any = read_json(folder / "settings.json", remedy)
-    known = settings if isinstance(settings, dict) else {}
-    missing = {"config", "objects", "epoch", "step"} - known.keys()
-    if missing:
-        raise UserError(
-            f"{folder / 'settings.json'}: has no {', '.join(sorted(missing))}; {remedy}"
-        )
-    config = from_dict(TrainConfig, settings["config"], source=str(folder / "settings.json"))
+    source = folder / "settings.json"
+    settings = read_json(source, remedy)
+    known = settings.keys() if isinstance(settings, dict) else set()
+    if missing := {"config", "objects", "epoch", "step"} - known:
+        raise UserError(f"{source}: has no {', '.join(sorted(missing))}; {remedy}")
+    config = from_dict(TrainConfig, settings["config"], source=str(source))
+    objects = check_objects(settings["objects"], source)
     weights = {}
-    for prefix, name in (
-        ("unet", "unet/diffusion_pytorch_model.safetensors"),
-        ("class_embedding", "class_embedding.safetensors"),
+    for part, path in (
+        ("unet", folder / "unet" / "diffusion_pytorch_model.safetensors"),
+        ("class_embedding", folder / "class_embedding.safetensors"),
     ):
         try:
-            tensors = load_file(folder / name)
+            tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / name}: can't be read ({error}); {remedy}") from None
-        weights |= {f"{prefix}.{key}": value for key, value in tensors.items()}
+            raise UserError(f"{path}: can't be read ({error}); {remedy}") from None
+        weights |= {f"{part}.{key}": value for key, value in tensors.items()}
     with torch.device("meta"):
         load_weights(DiffusionModel(config.model), weights, folder, "its settings", assign=True)
-    objects = check_objects(settings["objects"], folder / "settings.json")
-    return Checkpoint(
-        config, objects, weights, None, settings["epoch"],
-        settings["step"], training={},
-    )  # fmt: skip
+    return Checkpoint(config, objects, weights, None, settings["epoch"], settings["step"], {})
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -212,19 +197,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if config.to == "checkpoint" and not exported:
         raise UserError(f"{config.ckpt_path}: no folder; name one that src/export.py has written")
     checkpoint = (from_diffusers if exported else load_checkpoint)(config.ckpt_path)
-    if config.run_name:
-        named = replace(checkpoint.config, run_name=config.run_name)
-        checkpoint = replace(checkpoint, config=named)
-    suffix = "" if config.to == "diffusers" else ".pth"
-    out = config.out or ROOT / "output" / "export" / (checkpoint.config.run_name + suffix)
+    name = config.run_name or checkpoint.config.run_name
+    named = replace(
+        checkpoint.config, run_name=name, output_dir=Path("output"), data=DataConfig(),
+        resume=None, init_from=None,
+    )  # fmt: skip
+    checkpoint = replace(checkpoint, config=named)  # no path of this machine goes out
+    name += "" if config.to == "diffusers" else ".pth"
+    out = config.out or ROOT / "output" / "export" / name
     if out.exists():
         raise UserError(f"{out}: is there already; name another with --out")
     if config.to == "diffusers":
         to_diffusers(checkpoint, config.ckpt_path, out)
-    elif config.to == "half":
-        save_checkpoint(out, to_half(checkpoint, config.ckpt_path))
     else:
-        save_checkpoint(out, checkpoint)
+        half = config.to == "half"
+        save_checkpoint(out, to_half(checkpoint, config.ckpt_path) if half else checkpoint)
     print(out)
     return out
 

@@ -1,37 +1,36 @@
 """A trained network on the bench: with its judge and both test splits, drawn and scored."""
 
+import contextlib
 import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from diffusion.sampling import sample
+from diffusion.schedule import check_steps
 from iclevr.dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
-from judging.evaluator import (
-    Evaluation,
-    Evaluator,
-    evaluate,
-    git_blob_hash,
-    load_evaluator,
-    require_evaluator,
-)
-from judging.metrics import Record
+from judging.evaluator import Evaluation, Evaluator, evaluate, git_blob_hash, load_evaluator
+from judging.metrics import Record, record
 from judging.realism import Reference, draw_conditions, frechet_distance, load_reference
 from network.checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_model
 from network.model import DiffusionModel
 from runtime import processes
 from runtime.device import autocast_dtype, pick_device
+from runtime.files import check_folder
 from runtime.seeds import picture_seeds
 from runtime.settings import (
     ROOT,
     DataConfig,
     FdSamples,
+    SamplerConfig,
     SamplingConfig,
     Seed,
     Settings,
@@ -39,6 +38,8 @@ from runtime.settings import (
     WandbMode,
     to_dict,
 )
+
+Config = TypeVar("Config", bound="BenchConfig")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class BenchConfig(Settings):
     wandb_project: str = "iclevr-ddpm"
     """Project name at Weights & Biases."""
     data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplerConfig = field(default_factory=SamplerConfig)
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,20 @@ class Bench:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def judge_name(self, sampling: SamplingConfig) -> str:
-        """The judge, and whether the pictures were drawn with its help."""
+    def judge_name(self, sampling: SamplerConfig, judge: Evaluator | None = None) -> str:
+        """The judge, or another one of the bench, and whether pictures were drawn with its help."""
+        judge = judge or self.judge
         if not sampling.classifier_guidance_scale:
-            return self.judge.name
-        if self.judge is self.guide:
-            return f"{self.judge.name}, guided by the judge"
-        return f"{self.judge.name}, guided by the judge {self.guide.name}"
+            return judge.name
+        other = "" if judge is self.guide else f" {self.guide.name}"
+        return f"{judge.name}, guided by the judge{other}"
+
+    def sample(
+        self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `diffusion.sampling.sample`, with this network, schedule and guide."""
+        noise = self.checkpoint.config.noise
+        return sample(self.model, noise, labels, seeds, sampling, guide=self.guide, **more)
 
 
 def open_bench(
@@ -120,7 +129,7 @@ def open_bench(
             f"{paths.data_dir / 'objects.json'}: other objects, or another order, than "
             f"{ckpt_path} was trained with; use its data"
         )
-    guide = require_evaluator(paths, objects, device)
+    guide = load_evaluator(paths.evaluator, objects, device)
     judge = load_evaluator(judge_path, objects, device) if judge_path else guide
     labels = {split: read_conditions(paths.data_dir, split, objects)[1] for split in SPLITS}
     model = load_model(checkpoint, ckpt_path, device)
@@ -143,20 +152,41 @@ def with_reference(bench: Bench) -> Bench:
         return bench
 
 
+def settle(config: Config, bench: Bench, nearest: bool = False) -> tuple[Config, Bench]:
+    """What a script's settings leave open, and the training pictures where they are needed.
+
+    Args:
+        nearest: they are needed anyway, not only for a Frechet distance.
+
+    Returns:
+        the settings with the number of steps, and of pictures for each Frechet distance (0 where
+        none can be computed), and the bench.
+
+    Raises:
+        UserError: the network was not trained for so many steps, or the folder of the results
+            can't be written to.
+    """
+    steps = check_steps(bench.checkpoint.config.noise, config.sampling)
+    check_folder(config.output_dir / bench.run_name)
+    count = config.num_fd_samples
+    if count is None:
+        count = 0 if bench.device.type == "cpu" else 2048
+        if not count:
+            print("no Frechet distance: on a CPU only with --num_fd_samples, such as 512")
+    if count or nearest:
+        bench = with_reference(bench)
+    sampling = replace(config.sampling, num_inference_steps=steps)
+    count = count if bench.reference else 0
+    return replace(config, sampling=sampling, num_fd_samples=count), bench
+
+
 def draw_splits(
     bench: Bench, sampling: SamplingConfig, seed: int, progress: bool = True
 ) -> dict[str, tuple[Tensor, Evaluation]]:
     """Draw and score both splits in one go: split -> (pictures (32, 3, S, S), Evaluation)."""
     labels = torch.cat([bench.labels[split] for split in SPLITS])
-    images, _ = sample(
-        bench.model,
-        bench.checkpoint.config.noise,
-        labels,
-        picture_seeds(seed, len(labels)),
-        sampling,
-        progress=progress,
-        guide=bench.guide,
-    )
+    seeds = picture_seeds(seed, len(labels))
+    images, _ = bench.sample(labels, seeds, sampling, progress=progress)
     parts = images.split([len(bench.labels[split]) for split in SPLITS])
     return {
         split: (part, evaluate(bench.judge, part, bench.labels[split]))
@@ -172,28 +202,12 @@ def draw_frechet(
     Every way of sampling gets the same conditions and noise for a seed. Only the first process
     computes it, the others get NaN.
     """
-    images, _ = sample(
-        bench.model,
-        bench.checkpoint.config.noise,
-        draw_conditions(bench.reference, count, seed),
-        picture_seeds(seed, count, purpose=2),
-        sampling,
-        progress=progress,
-        guide=bench.guide,
-    )
+    labels = draw_conditions(bench.reference, count, seed)
+    seeds = picture_seeds(seed, count, purpose=2)
+    images, _ = bench.sample(labels, seeds, sampling, progress=progress)
     if not processes.is_main():
         return math.nan
     return frechet_distance(bench.reference.features, bench.judge.features(images))
-
-
-def fd_samples(config: BenchConfig, bench: Bench) -> int:
-    """Pictures for each Frechet distance: those asked for, or the default, which it says."""
-    if config.num_fd_samples is not None:
-        return config.num_fd_samples
-    if bench.device.type != "cpu":
-        return 2048
-    print("no Frechet distance: on a CPU only with --num_fd_samples, such as 512")
-    return 0
 
 
 def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) -> str:
@@ -201,6 +215,7 @@ def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) ->
 
     It names the folder of the results.
     """
+    dtype = autocast_dtype(sampling.mixed_precision, bench.device)
     parts = {
         "checkpoint": bench.blob,
         "judge": bench.judge.blob,
@@ -209,8 +224,7 @@ def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) ->
         "training": bench.reference and bench.reference.key,
         "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
         "sampling": to_dict(replace(sampling, batch_size=1)),
-        "arithmetic": f"{bench.device.type} "
-        f"{autocast_dtype(sampling.mixed_precision, bench.device)}",
+        "arithmetic": f"{bench.device.type} {dtype}",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -229,24 +243,46 @@ Draws = dict[tuple[float, int], Draw]
 """(guidance scale, seed) -> draw."""
 
 
+def split_records(splits: dict[str, tuple[Tensor, Evaluation]]) -> dict[str, Record]:
+    """What is kept of `draw_splits`."""
+    return {split: record(result) for split, (_, result) in splits.items()}
+
+
 def read_draws(path: Path) -> Draws:
     """Draws made before; a line cut short by a kill is left out, and drawn again."""
     draws = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(line)
-                draw = Draw(line["records"], line["frechet"], line.get("more", {}))
-                draws[line["scale"], line["seed"]] = draw
-            except (ValueError, TypeError, KeyError):
-                continue
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # no JSON
+            values = json.loads(line)
+            which = values.pop("scale"), values.pop("seed")
+            draws[which] = Draw(**values)
     return draws
 
 
-def append_draw(path: Path, scale: float, seed: int, draw: Draw) -> None:
-    """Add one line; the leading newline ends a line that a kill has cut short."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps({"scale": scale, "seed": seed} | vars(draw)))
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror}") from None
+def draw_missing(
+    path: Path,
+    wanted: Sequence[tuple[float, int]],
+    draw: Callable[[float, int], Draw],
+    again: Collection[tuple[float, int]] = (),
+) -> Draws:
+    """The draws that a file keeps, with those that it lacks made and added one by one.
+
+    Args:
+        path: draws.jsonl in the folder of the results.
+        wanted: (guidance scale, seed) of each.
+        draw: makes one of them, with all processes.
+        again: those to be made even though they are there.
+    """
+    draws = processes.from_main(read_draws(path))
+    todo = [which for which in wanted if which not in draws or which in again]
+    if len(todo) < len(wanted):
+        there = len(wanted) - len(todo)
+        print(f"{there} of {len(wanted)} draws are there already: {path.parent}")
+    alone = len(todo) < 2 or not processes.is_main()
+    for scale, seed in tqdm(todo, desc="draws", unit="draw", disable=alone):
+        draws[scale, seed] = draw(scale, seed)
+        if processes.is_main():
+            line = json.dumps({"scale": scale, "seed": seed} | vars(draws[scale, seed]))
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"\n{line}")  # the newline ends a line that a kill has cut short
+    return draws

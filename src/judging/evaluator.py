@@ -12,7 +12,7 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from iclevr.dataset import DataPaths, resize
+from iclevr.dataset import resize
 from network.checkpoint import load_weights, read_tensors
 from runtime.settings import UserError
 
@@ -55,22 +55,21 @@ class Evaluator:
             images = part(images)
         return images.flatten(1)
 
-    @torch.no_grad()
-    def features(self, images: Tensor, batch_size: int = 256) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Pooled features (N, 512) on the CPU, what the last layer sees, of (N, 3, H, W)."""
-        return self._in_batches(self._pooled, images, batch_size)
+        return self._in_batches(self._pooled, images)
 
-    @torch.no_grad()
-    def scores(self, images: Tensor, batch_size: int = 256) -> Tensor:
+    def scores(self, images: Tensor) -> Tensor:
         """Scores in [0, 1], (N, K) on the CPU, of pictures (N, 3, H, W) in [-1, 1].
 
         Pictures of another size are resized to 64x64.
         """
-        return self._in_batches(self.model, images, batch_size)
+        return self._in_batches(self.model, images)
 
-    def _in_batches(self, part: Callable, images: Tensor, batch_size: int) -> Tensor:
+    @torch.no_grad()
+    def _in_batches(self, part: Callable, images: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
-        batches = (resize(batch.to(device), IMAGE_SIZE) for batch in images.split(batch_size))
+        batches = (resize(batch.to(device), IMAGE_SIZE) for batch in images.split(256))
         return torch.cat([part(batch).float().cpu() for batch in batches])
 
     def log_likelihood(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -85,17 +84,19 @@ class Evaluator:
 
 
 def load_evaluator(
-    path: Path, objects: dict[str, int], device: torch.device | str = "cpu"
+    path: Path | None, objects: dict[str, int], device: torch.device | str = "cpu"
 ) -> Evaluator:
     """Read the course's checkpoint.pth or a file of src/train_evaluator.py.
 
     Args:
+        path: None: there is none, beside the data or for its objects.
         objects: of the data that is judged; a file that names its own must name the same.
 
     Raises:
         UserError: missing, damaged, another network's weights, or trained for other objects.
     """
-    path = Path(path)
+    if path is None:
+        raise UserError(f"no evaluator in the data folder: {HOW_TO_GET_EVALUATOR}")
     content = read_tensors(path, HOW_TO_GET_EVALUATOR)
     blob = git_blob_hash(path)
     if not isinstance(content.get("model"), dict):
@@ -113,19 +114,6 @@ def load_evaluator(
         raise UserError(f"{path}: threshold {threshold!r} is no number between 0 and 1")
     model = model.eval().requires_grad_(False).to(device)
     return Evaluator(model, name, path, objects, threshold, blob)
-
-
-def require_evaluator(
-    paths: DataPaths, objects: dict[str, int], device: torch.device | str
-) -> Evaluator:
-    """The evaluator that was found beside the data, or the one that comes with the repository.
-
-    Raises:
-        UserError: there is none.
-    """
-    if paths.evaluator is None:
-        raise UserError(f"no evaluator in {paths.data_dir}: {HOW_TO_GET_EVALUATOR}")
-    return load_evaluator(paths.evaluator, objects, device)
 
 
 def calibrate(scores: Tensor, labels: Tensor) -> float:
@@ -147,12 +135,9 @@ def calibrate(scores: Tensor, labels: Tensor) -> float:
 
 def git_blob_hash(path: Path) -> str:
     """What `git hash-object` prints for the file."""
-    path = Path(path)
-    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            blob.update(chunk)
-    return blob.hexdigest()
+        header = b"blob %d\0" % path.stat().st_size
+        return hashlib.file_digest(file, lambda: hashlib.sha1(header)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -222,29 +207,24 @@ def judge_scores(
     scores, labels = scores.cpu(), labels.cpu()
     wanted, detected = labels.bool(), scores >= threshold
     names = sorted(objects, key=objects.__getitem__)
-    colors, shapes = zip(*(name.rsplit(" ", 1) if " " in name else (name, name) for name in names),
-                         strict=True)  # fmt: skip
+    looks = [name.rsplit(" ", 1) if " " in name else (name, name) for name in names]
+    colors, shapes = zip(*looks, strict=True)
     nothing = len(names)
     confusion = torch.zeros(nothing + 1, nothing + 1, dtype=torch.long)
     color_errors, shape_errors = torch.zeros(2, len(labels), dtype=torch.long)
     for n, (asked, found) in enumerate(zip(wanted, detected, strict=True)):
-        for k in (asked & found).nonzero().flatten().tolist():
-            confusion[k, k] += 1
         missing = (asked & ~found).nonzero().flatten().tolist()
         extra = (found & ~asked).nonzero().flatten().tolist()
-        cost = [[(colors[m] != colors[e]) + (shapes[m] != shapes[e]) for e in extra]
-                for m in missing]  # fmt: skip
-        pairs = zip(*linear_sum_assignment(np.reshape(cost, (len(missing), len(extra)))),
-                    strict=True)  # fmt: skip
-        pairs = [(missing[i], extra[j]) for i, j in pairs]
-        for m, e in pairs:
-            confusion[m, e] += 1
-            color_errors[n] += colors[m] != colors[e]
-            shape_errors[n] += shapes[m] != shapes[e]
-        for m in set(missing) - {m for m, _ in pairs}:
-            confusion[m, nothing] += 1
-        for e in set(extra) - {e for _, e in pairs}:
+        cost = [(colors[m] != colors[e]) + (shapes[m] != shapes[e]) for m in missing for e in extra]
+        pairs = linear_sum_assignment(np.reshape(cost, (len(missing), len(extra))))
+        taken_for = {missing[i]: extra[j] for i, j in zip(*pairs, strict=True)}
+        for k in asked.nonzero().flatten().tolist():
+            other = taken_for.get(k, nothing if k in missing else k)
+            confusion[k, other] += 1
+        for e in set(extra) - set(taken_for.values()):
             confusion[nothing, e] += 1
+        color_errors[n] = sum(colors[m] != colors[e] for m, e in taken_for.items())
+        shape_errors[n] = sum(shapes[m] != shapes[e] for m, e in taken_for.items())
     correct = course_correct(scores, labels)
     return Evaluation(wanted, detected, correct, color_errors, shape_errors, confusion)
 

@@ -1,9 +1,11 @@
-"""Pictures for people: single ones, grids, strips."""
+"""For people: pictures in grids and strips, charts of figures with their intervals."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -26,6 +28,12 @@ def save_image(image: Tensor | Image.Image, path: Path) -> None:
     image = to_image(image) if isinstance(image, Tensor) else image
     with atomic_write(path) as temporary:
         image.save(temporary)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text that ends in a newline, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -56,8 +64,10 @@ def pairs(images: Tensor, others: Tensor, columns: int = 8, side: int = 128) -> 
     return grid(torch.cat(rows), columns, side)
 
 
-def confusion_chart(shares: Tensor, names: Sequence[str], title: str, path: Path) -> None:
-    """Shares (K + 1, K + 1) as a heat map: row asked for, column found, the last is nothing."""
+def confusion_chart(confusion: Tensor, names: Sequence[str], title: str, path: Path) -> None:
+    """Counts (K + 1, K + 1) as shares of their row: row asked for, column found, the last is
+    nothing."""
+    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     figure, axes = plt.subplots(figsize=(9, 8.2), layout="constrained")
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     ticks = range(len(names) + 1)
@@ -70,3 +80,41 @@ def confusion_chart(shares: Tensor, names: Sequence[str], title: str, path: Path
     axes.set(xlabel="found", ylabel="asked for", title=title)
     figure.colorbar(image, label="share of the row", shrink=0.7)
     save_figure(figure, path)
+
+
+def panels(names: Sequence[str], title: str, xlabel: str) -> tuple[plt.Figure, dict[str, plt.Axes]]:
+    """A chart for each figure, one below the other over the same x."""
+    figure, axes = plt.subplots(
+        len(names), 1, figsize=(8, 1 + 3 * len(names)), sharex=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    found = dict(zip(names, axes[:, 0], strict=True))
+    for name, panel in found.items():
+        panel.set(ylabel=f"{name.replace('_', ' ')}\n(95% interval)")
+        panel.grid(alpha=0.3)
+    axes[0, 0].set(title=title)
+    axes[-1, 0].set(xlabel=xlabel)
+    return figure, found
+
+
+def plot_intervals(
+    axes: plt.Axes, x: Sequence[float], intervals: Sequence[dict[str, Any]], style: str = "o-",
+    band: bool = True, **more: Any,
+) -> None:  # fmt: skip
+    """Means over x, their intervals as a band or as bars.
+
+    Args:
+        intervals: of each x, `vars` of an Interval; one without spread has no width.
+        style: of line and markers, matplotlib's `fmt`.
+        more: color, label.
+    """
+    mean, low, high = (
+        np.array([i["mean"] if i[end] is None else i[end] for i in intervals])
+        for end in ("mean", "low", "high")
+    )
+    (line,) = axes.plot(x, mean, style, markersize=4, **more)
+    if band:
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12)
+    else:
+        axes.errorbar(x, mean, (mean - low, high - mean), fmt="none", capsize=2, linewidth=1,
+                      color=line.get_color())  # fmt: skip

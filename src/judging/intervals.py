@@ -18,7 +18,7 @@ class Interval:
     """None: the spread can't be told."""
 
     def __str__(self) -> str:
-        if self.low is None or self.high is None:
+        if self.low is None:
             return f"{self.mean:.3f}"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 

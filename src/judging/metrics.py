@@ -4,11 +4,11 @@ A record is what is kept of an evaluation: for every figure a number for each pi
 several draws of the same conditions are summed up by `summarise`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from torch import Tensor
 
+from iclevr.dataset import SPLITS
 from judging.evaluator import Evaluation
 from judging.intervals import Interval, accuracy_interval, mean_interval
 
@@ -34,15 +34,15 @@ def summarise(records: Sequence[Record]) -> dict[str, Interval]:
     color_errors, shape_errors: objects per picture. Intervals of shares: Wilson's for one draw,
     else Student's t over draws; of numbers per picture: t over draws, or over pictures for one.
     """
-    total = np.array(records[0]["total"])
-    correct, exact = (np.array([r[name] for r in records]) for name in ("correct", "exact"))
+    total, correct, exact, *counts = (
+        np.array([r[name] for r in records]) for name in ("total", "correct", "exact", *COUNTS)
+    )
+    total = total[0]
     figures = {
         "accuracy": accuracy_interval(correct.sum(axis=1).tolist(), int(total.sum())),
         "exact_sets": accuracy_interval(exact.sum(axis=1).tolist(), len(total)),
-    }
-    for name in COUNTS:
-        figures[name] = count_interval(np.array([r[name] for r in records]))
-    for size in sorted(set(total.tolist())):
+    } | {name: count_interval(values) for name, values in zip(COUNTS, counts, strict=True)}
+    for size in np.unique(total).tolist():
         these = total == size
         figures[f"accuracy_{size}"] = accuracy_interval(
             correct[:, these].sum(axis=1).tolist(), int(total[these].sum())
@@ -74,16 +74,37 @@ def paired_difference(first: Sequence[Record], second: Sequence[Record], name: s
     return mean_interval((a - b).ravel() / weight, -1, 1)
 
 
+def split_means(draws: Sequence[dict[str, Record]], figure: str) -> np.ndarray:
+    """(draws, pictures): shares of both splits' pictures, each row's mean being the draw's figure.
+
+    The figure of a draw is the mean of its splits, which weigh alike.
+
+    Args:
+        draws: split -> record.
+        figure: accuracy or exact_sets.
+    """
+    rows = []
+    for records in draws:
+        shares = []
+        for split in SPLITS:
+            values = np.array(records[split][SHARES[figure]], dtype=float)
+            whole = sum(records[split]["total"]) if figure == "accuracy" else len(values)
+            shares.append(values / whole)
+        rows.append(np.concatenate(shares) * sum(map(len, shares)) / len(SPLITS))
+    return np.stack(rows)
+
+
 def table(columns: dict[str, dict[str, Interval]]) -> str:
     """Markdown: a row for every figure, a column such as a split."""
-    rows = list(dict.fromkeys(name for figures in columns.values() for name in figures))
-    lines = [f"| figure | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name in rows:
-        cells = [str(figures.get(name, "-")) for figures in columns.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    names = dict.fromkeys(name for figures in columns.values() for name in figures)
+    return markdown(
+        ["figure", *columns],
+        ([name, *(figures.get(name, "-") for figures in columns.values())] for name in names),
+    )
 
 
-def confusion_shares(confusion: Tensor) -> Tensor:
-    """Counts (K + 1, K + 1) -> shares of each row; rows without any stay 0."""
-    return confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], num_texts: int = 1) -> str:
+    """A table of which the first `num_texts` columns are text, the others numbers."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    rule = "|" + "---|" * num_texts + "---:|" * (len(head) - num_texts)
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -2,7 +2,7 @@
 
 import demo
 import guidance_scale
-import test
+from diffusion.schedule import check_steps
 from training.resume import read_config
 
 
@@ -11,4 +11,4 @@ def test_demo_stages_are_commands_that_parse():
         config, _ = read_config(["--recipe", "small", "--dry_run"])
         flags = f"--ckpt_path x {demo.SAMPLER} {size['sweep']}"
         sweep = guidance_scale.parse_args(guidance_scale.SweepConfig, flags.split())
-        assert test.check_steps(config.noise, sweep.sampling) == 12
+        assert check_steps(config.noise, sweep.sampling) == 12

@@ -9,8 +9,8 @@ from PIL import Image
 
 import guidance_scale
 import test
-from guidance_scale import indistinguishable, summarise_sweep, verdict
 from judging.bench import Draw
+from judging.sweep import indistinguishable, summarise_sweep, verdict
 
 
 @pytest.fixture

@@ -1,0 +1,95 @@
+"""What src/test.py reports: accuracies.json, figures.md and accuracies.md."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iclevr.dataset import SPLITS
+from judging.bench import Bench, BenchConfig, Draw, settings_key
+from judging.intervals import Interval, mean_interval
+from judging.metrics import SHARES, markdown, paired_difference, summarise, table
+from runtime.files import read_json
+from runtime.settings import to_dict
+
+
+def sum_up(bench: Bench, config: BenchConfig, draws: list[Draw]) -> dict[str, Any]:
+    """The content of accuracies.json, with its intervals."""
+    of_judge = {split: [draw.records[split] for draw in draws] for split in SPLITS}
+    figures = {split: summarise(records) for split, records in of_judge.items()}
+    report = {
+        "checkpoint": str(config.ckpt_path),
+        "settings": settings_key(config.num_fd_samples, bench, config.sampling),
+        "epoch": bench.checkpoint.epoch,
+        "step": bench.checkpoint.step,
+        "judge": bench.judge_name(config.sampling),
+        "threshold": bench.judge.threshold,
+        "sampling": to_dict(config.sampling),
+        "seed": config.seed,
+        "num_seeds": len(draws),
+        "records": of_judge,
+        "accuracy": {split: figures[split]["accuracy"] for split in SPLITS},
+        "figures": figures,
+        "confusion": sum(torch.tensor(draw.more["confusion"]) for draw in draws).tolist(),
+    }
+    if config.num_fd_samples:
+        floors = [draw.more["floor"] for draw in draws]
+        report |= {
+            "num_fd_samples": config.num_fd_samples,
+            "frechet_distance": mean_interval([draw.frechet for draw in draws], lowest=0),
+            "frechet_distance_of_training_pictures": mean_interval(floors, lowest=0),
+        }
+    if rms := draws[0].more["nearest_rms"]:
+        report["nearest_rms"] = rms
+    if bench.judge is not bench.guide:
+        of_guide = {split: [draw.more["other"][split] for draw in draws] for split in SPLITS}
+        report["other_judge"] = {
+            "judge": bench.judge_name(config.sampling, bench.guide),
+            "figures": {split: summarise(records) for split, records in of_guide.items()},
+            "difference": {
+                split: {f: paired_difference(of_guide[split], of_judge[split], f) for f in SHARES}
+                for split in SPLITS
+            },
+        }
+    return report
+
+
+def in_words(report: dict[str, Any], bench: Bench) -> str:
+    """The text of figures.md."""
+    title = f"judge: {report['judge']}, threshold {report['threshold']:.2f}"
+    text = [title, table(report["figures"])]
+    if "frechet_distance" in report:
+        text.append(
+            f"Frechet distance, {report['num_fd_samples']} pictures: "
+            f"{report['frechet_distance']}; of as many training pictures: "
+            f"{report['frechet_distance_of_training_pictures']}"
+        )
+    if rms := report.get("nearest_rms"):
+        text.append(
+            f"nearest training picture (nearest.png): median difference "
+            f"{statistics.median(rms):.1f} of 255 levels, least {min(rms):.1f}"
+        )
+    if other := report.get("other_judge"):
+        text.append(f"by {other['judge']} (--evaluator):\n\n{table(other['figures'])}")
+        for split, by in other["difference"].items():
+            names = f"{bench.guide.name} minus {bench.judge.name}"
+            text.append(f"{split} accuracy: {names}: {by['accuracy']}")
+    return "\n\n".join(text)
+
+
+def comparison(run_folder: Path) -> str:
+    """A line for every way of sampling that this run was tested with."""
+    columns = [(figure, split) for figure in SHARES for split in SPLITS]
+    rows = []
+    for path in sorted(run_folder.glob("*/accuracies.json")):
+        report = read_json(path)
+        distance = "-"
+        if "frechet_distance" in report:
+            distance = f"{Interval(**report['frechet_distance'])} ({report['num_fd_samples']})"
+        cells = (Interval(**report["figures"][split][figure]) for figure, split in columns)
+        about = (report[key] for key in ("step", "num_seeds", "judge"))
+        rows.append([path.parent.name, *about, *cells, distance])
+    names = [f"{split} {figure.replace('_', ' ')}" for figure, split in columns]
+    head = ["sampling", "step", "seeds", "judge", *names, "Frechet distance (pictures)"]
+    return markdown(head, rows, num_texts=4)

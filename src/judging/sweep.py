@@ -1,0 +1,95 @@
+"""Which guidance scale is best, and which can't be told from it."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from iclevr.dataset import SPLITS
+from judging.bench import Draws
+from judging.intervals import mean_interval
+from judging.metrics import SHARES, split_means, summarise
+from runtime.settings import to_dict
+
+COLUMNS = (*SPLITS, "mean")
+
+
+def indistinguishable(values: dict[float, np.ndarray], best: float) -> list[float] | None:
+    """Scales that can't be told from the best one; None: a single draw tells none apart.
+
+    The same picture is drawn from the same noise for every scale, so the differences are paired:
+    a scale is told apart if the 95% t interval of its differences, value by value, excludes 0.
+    The scales are not corrected for their number: of 20 equal ones, one may look worse.
+    """
+    if values[best].size < 2:  # one draw of something that is no mean over pictures
+        return None
+    result = []
+    for scale, these in values.items():
+        difference = mean_interval((values[best] - these).ravel())
+        low, high = difference.low, difference.high
+        alike = difference.mean == 0 if low is None else low <= 0 <= high
+        if scale != best and alike:
+            result.append(scale)
+    return result
+
+
+def summarise_sweep(draws: Draws, scales: list[float], seeds: list[int]) -> dict[str, Any]:
+    """Rows of the table, and for each criterion the best scale and its equals.
+
+    Intervals are Student's t over the seeds; for one seed, Wilson's for a split, and t over the
+    pictures for the mean of the splits.
+    """
+    of_scale = {scale: [draws[scale, seed] for seed in seeds] for scale in scales}
+    rows = [
+        {"guidance_scale": scale}
+        | {split: summarise([draw.records[split] for draw in these]) for split in SPLITS}
+        | {"mean": {}}
+        for scale, these in of_scale.items()
+    ]
+    figures = list(SHARES)
+    if all(draw.frechet is not None for these in of_scale.values() for draw in these):
+        figures.append("frechet_distance")
+    best = {}
+    for figure in figures:
+        least, values = figure == "frechet_distance", {}
+        for row, (scale, these) in zip(rows, of_scale.items(), strict=True):
+            if least:
+                found = np.array([[draw.frechet] for draw in these])
+            else:
+                found = split_means([draw.records for draw in these], figure)
+            over = found.mean(axis=1) if len(seeds) > 1 else found[0]
+            interval = mean_interval(over, 0, math.inf if least else 1)
+            (row if least else row["mean"])[figure] = interval
+            values[scale] = found
+        top = (min if least else max)(scales, key=lambda scale: float(values[scale].mean()))
+        best[figure] = {"scale": top, "equals": indistinguishable(values, top)}
+    return to_dict({"rows": rows, "best": best})
+
+
+def intervals(row: dict[str, Any], figure: str) -> dict[str, dict[str, float | None]]:
+    """Column -> a row's interval of a figure: of each split and their mean, or of all pictures."""
+    if figure == "frechet_distance":
+        return {"all": row[figure]}
+    return {column: row[column][figure] for column in COLUMNS if figure in row[column]}
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """The result in words, a line for each criterion."""
+    lines = []
+    for figure, best in summary["best"].items():
+        row = next(r for r in summary["rows"] if r["guidance_scale"] == best["scale"])
+        *_, value = intervals(row, figure).values()
+        text = f"best by {figure.replace('_', ' ')}: guidance scale {best['scale']:g}"
+        text += f" ({value['mean']:.4f})"
+        how = "paired t, 95%"
+        if len(summary["rows"]) == 1:
+            text += ", the only one drawn"
+        elif best["equals"] is None:
+            text += "; from a single draw no scale can be told from another"
+        elif best["equals"]:
+            equals = ", ".join(f"{e:g}" for e in best["equals"])
+            text += f"; not distinguishable from it ({how}): {equals}"
+        else:
+            text += f"; every other scale is distinguishably worse ({how})"
+        lines.append(text)
+    return "\n".join(lines)
