@@ -57,7 +57,7 @@ SCENES = 8
 """Sequences that are rendered, of three pictures each; the files are noisy copies of these."""
 NOISE = 1.0
 """Standard deviation of the noise, in levels: about 10 bits a pixel, as CLEVR's own PNGs have."""
-OURS, DECODING = "src/dataset.py's loader", "decoding loader"
+OURS, DECODING = "src/iclevr/dataset.py's loader", "decoding loader"
 
 
 @dataclass(frozen=True)

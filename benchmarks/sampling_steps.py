@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from common import interleave, machine, ratios, show, spread
 
 from diffusion.sampling import evaluations
@@ -62,6 +64,19 @@ LONG = 100
 """Runs of at least so many steps are what the short ones are held to."""
 SOLVERS = ("dpmpp", "unipc")
 """These are also guided in intervals only."""
+RESAMPLED = {
+    "ddpm 6, each step 2 times": {"num_inference_steps": 6, "resample": 2},
+    "ddpm 12, each step 2 times": {"num_inference_steps": 12, "resample": 2},
+    "ddpm 12, 4 times in 0.3-0.8": {
+        "num_inference_steps": 12, "resample": 4, "resample_interval": (0.3, 0.8),
+    },
+    "ddpm 12, each step 4 times": {"num_inference_steps": 12, "resample": 4},
+    "ddpm 20, 3 times in 0.3-0.8": {
+        "num_inference_steps": 20, "resample": 3, "resample_interval": (0.3, 0.8),
+    },
+    "ddpm 12, best of 4": {"num_inference_steps": 12, "best_of": 4},
+}  # fmt: skip
+"""Steps taken again, and the best of several by the network itself."""
 ORIGINAL = SamplingConfig(num_inference_steps=100, batch_size=1, mixed_precision="no")
 """As the original draws, but for the guidance scale."""
 
@@ -111,6 +126,16 @@ def samplers(config: StepsConfig, bench: Bench) -> dict[str, SamplingConfig]:
                 throughout = interval == (0, 1)
                 where = "" if throughout else ", guided in {:g}-{:g}".format(*interval)
                 found[f"{name} {steps}{where}"] = sampling
+    for name, how in RESAMPLED.items():
+        sampling = SamplingConfig(
+            guidance_scale=config.guidance_scale, mixed_precision=config.mixed_precision, **how
+        )
+        try:
+            check_steps(bench.checkpoint.config.noise, sampling)
+        except UserError as error:
+            print(f"{name}: left out: {error}", file=sys.stderr)
+            continue
+        found[name] = sampling
     return found
 
 
@@ -168,8 +193,11 @@ def draw_chart(report: dict, path: Path) -> None:
     shown = [f for f in (*SHARES, "frechet_distance") if all(f in row for row in rows.values())]
     figure, axes_of = panels(shown, report["title"], "evaluations of the network for one picture")
     for name, axes in axes_of.items():
-        for number, scheduler in enumerate(STEPS):
-            of_scheduler = [row for label, row in rows.items() if label.split()[0] == scheduler]
+        for number, scheduler in enumerate([*STEPS, "resampled"]):
+            of_scheduler = [
+                row for label, row in rows.items()
+                if ("resampled" if label in RESAMPLED else label.split()[0]) == scheduler
+            ]  # fmt: skip
             for guided, style in ((True, "o-"), (False, "x")):
                 if these := [r for r in of_scheduler if r["guided_throughout"] is guided]:
                     label = scheduler + ("" if guided else ", guided in an interval")
@@ -241,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     report = summarise(draw_all(config, bench, chosen, folder))
     for name, row in report["rows"].items():
-        row["evaluations"] = evaluations(noise, chosen[name])
+        row["evaluations"] = evaluations(noise, chosen[name], torch.cat([*bench.labels.values()]))
         row["guided_throughout"] = chosen[name].guidance_interval == (0, 1)
     short = [name for name in chosen if not is_long(name)]
     equal = [name for name in short if as_good(report["rows"][name])]

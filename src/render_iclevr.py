@@ -99,6 +99,8 @@ def _check_made_here(config: RenderConfig) -> None:
                 )
         return
     stored = read_json(path, "delete the folder or choose another --out_dir")
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: not a dict of settings; delete the folder or change --out_dir")
     for name, value in _settings(config).items():
         if stored.get(name) != value:
             raise UserError(

@@ -10,6 +10,7 @@ draws.jsonl, from which an interrupted test goes on; and output/result/<run>/acc
 different ways of sampling stand side by side. Network and schedule are those in the checkpoint.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,6 +86,8 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     names = parse_prompt(config.prompt, bench.checkpoint.objects)
     images = draw_strip(bench, config.sampling, names, config.seed)
     name = "_".join(names).replace(" ", "-")
+    if len(name) > 150:  # file systems allow 255 bytes
+        name = f"{len(names)}-objects-{zlib.crc32(name.encode()):08x}"
     key = settings_key(0, bench, config.sampling)
     how = f"{folder_name(replace(config, seed=0, num_seeds=1))}-{key}"
     path = folder / "prompt" / how / f"{name}_seed{config.seed}.png"
@@ -95,6 +98,8 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
         seen = ", ".join(decode_labels(detected, bench.checkpoint.objects)) or "nothing"
         judge = bench.judge_name(config.sampling)
         print(f"asked for: {', '.join(names)}\njudge ({judge}) sees: {seen}\n{path}")
+        if set(seen.split(", ")) != set(names):
+            print(f"not the same; --seed {config.seed + 1} draws another picture")
     return path
 
 
@@ -137,6 +142,7 @@ def folder_name(config: TestConfig) -> str:
         "interval{:g}-{:g}".format(*how.guidance_interval): how.guidance_interval != (0, 1),
         f"resample{how.resample}": how.resample > 1,
         "in{:g}-{:g}".format(*how.resample_interval): how.resample_interval != (0, 1),
+        f"best_of{how.best_of}": how.best_of > 1,
         f"guided_by_the_judge{how.classifier_guidance_scale:g}": how.classifier_guidance_scale,
         f"seeds{config.seed}to{last}": config.num_seeds > 1,
         f"seed{config.seed}": config.num_seeds == 1 and config.seed,

@@ -4,7 +4,9 @@ Frechet distance on the judge's pooled features, and the nearest training pictur
 generated one.
 """
 
+import contextlib
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +21,7 @@ from iclevr.dataset import DataPaths, IclevrDataset, normalize, resize
 from judging.evaluator import IMAGE_SIZE, Evaluator
 from runtime.files import atomic_write
 from runtime.seeds import derive_seed
+from runtime.settings import UserError
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,18 @@ class Reference:
     def features(self) -> Tensor:
         """(N, 512), the judge's; computed when first asked for, and kept in the cache folder."""
         path = self.cache_dir / f"features-{self.key[:16]}.npy"
-        if not path.exists():
-            parts = []
-            for start in tqdm(range(0, len(self.images), 256), desc="features", unit="batch"):
-                batch = torch.tensor(self.images[start : start + 256])
-                parts.append(self.judge.features(normalize(batch)))
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, torch.cat(parts).numpy())
-        return torch.from_numpy(np.load(path))
+        with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut short
+            features = np.load(path)
+            if len(features) == len(self.images):
+                return torch.from_numpy(features)
+        parts = []
+        for start in tqdm(range(0, len(self.images), 256), desc="features", unit="batch"):
+            batch = torch.tensor(self.images[start : start + 256])
+            parts.append(self.judge.features(normalize(batch)))
+        features = torch.cat(parts)
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, features.numpy())
+        return features
 
 
 def load_reference(paths: DataPaths, judge: Evaluator) -> Reference:
@@ -78,7 +85,10 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
-    return max(float(metric.compute()), 0.0)
+    distance = float(metric.compute())
+    if not math.isfinite(distance):
+        raise UserError("the Frechet distance is not finite: the judge's features are damaged")
+    return max(0.0, distance)
 
 
 def frechet_floor(reference: Reference, count: int, seed: int) -> float:

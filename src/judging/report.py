@@ -1,6 +1,7 @@
 """What src/test.py reports: accuracies.json, figures.md and accuracies.md."""
 
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from judging.bench import Bench, BenchConfig, Draw, settings_key
 from judging.intervals import Interval, mean_interval
 from judging.metrics import SHARES, markdown, paired_difference, summarise, table
 from runtime.files import read_json
-from runtime.settings import to_dict
+from runtime.settings import UserError, to_dict
 
 
 def sum_up(bench: Bench, config: BenchConfig, draws: list[Draw]) -> dict[str, Any]:
@@ -83,12 +84,17 @@ def comparison(run_folder: Path) -> str:
     columns = [(figure, split) for figure in SHARES for split in SPLITS]
     rows = []
     for path in sorted(run_folder.glob("*/accuracies.json")):
-        report = read_json(path)
-        distance = "-"
-        if "frechet_distance" in report:
-            distance = f"{Interval(**report['frechet_distance'])} ({report['num_fd_samples']})"
-        cells = (Interval(**report["figures"][split][figure]) for figure, split in columns)
-        about = (report[key] for key in ("step", "num_seeds", "judge"))
+        try:
+            report = read_json(path)
+            distance = "-"
+            if "frechet_distance" in report:
+                distance = f"{Interval(**report['frechet_distance'])} ({report['num_fd_samples']})"
+            cells = [Interval(**report["figures"][split][figure]) for figure, split in columns]
+            about = [report[key] for key in ("step", "num_seeds", "judge")]
+        except (UserError, KeyError, TypeError):
+            what = f"{path} is damaged or of an older version; left out of the table"
+            print(f"warning: {what}", file=sys.stderr)
+            continue
         rows.append([path.parent.name, *about, *cells, distance])
     names = [f"{split} {figure.replace('_', ' ')}" for figure, split in columns]
     head = ["sampling", "step", "seeds", "judge", *names, "Frechet distance (pictures)"]

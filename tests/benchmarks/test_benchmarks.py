@@ -134,6 +134,9 @@ def test_samplers_are_compared_and_draws_kept(trained, tmp_path, monkeypatch):
     steps = {"ddpm": (20,), "ddim": (10, 7), "dpmpp": (5,)}
     monkeypatch.setattr(sampling_steps, "STEPS", steps)
     monkeypatch.setattr(sampling_steps, "LONG", 20)
+    again = {"ddpm 5, again": {"num_inference_steps": 5, "resample": 2},
+             "ddpm 5, best of 2": {"num_inference_steps": 5, "best_of": 2}}  # fmt: skip
+    monkeypatch.setattr(sampling_steps, "RESAMPLED", again)
     argv = ["--ckpt_path", tmp_path / "100.pth", "--data_dir", data, "--output_dir", tmp_path,
             "--device", "cpu", "--num_seeds", 2, "--num_fd_samples", 4, "--rounds", 1,
             "--timed_pictures", 1]  # fmt: skip
@@ -141,7 +144,7 @@ def test_samplers_are_compared_and_draws_kept(trained, tmp_path, monkeypatch):
     # 7 steps do not divide 100; a guided step counts twice, in the interval only.
     assert {name: row["evaluations"] for name, row in report["rows"].items()} == {
         "ddpm 20": 40, "ddim 10": 20, "dpmpp 5": 10, "dpmpp 5, guided in 0.2-1": 9,
-        "dpmpp 5, guided in 0.4-1": 8,
+        "dpmpp 5, guided in 0.4-1": 8, "ddpm 5, again": 20, "ddpm 5, best of 2": 2 * (10 + 6 * 3),
     }  # fmt: skip
     for row in report["rows"].values():
         assert 0 <= row["accuracy"]["mean"] <= 1 and row["frechet_distance"]["mean"] > 0
