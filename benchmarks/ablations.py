@@ -61,6 +61,11 @@ VARIANTS = {
     "patch-4": ("--patch_size 4", "patches of 4x4 pixels (Luhman & Luhman 2022), not 2x2"),
     "batch-64": ("--batch_size 64", "batches of 64"),
     "lr-3e-3": ("--lr 3e-3", "twice the learning rate"),
+    "aligned": (
+        "--align_to output/teacher.pth",
+        "features aligned to a classifier's (REPA, Yu et al. 2024), see README",
+    ),
+    "embeddings-512": ("--time_embedding_dim 512", "embeddings of 512 channels, not 128"),
     "no-average": ("--no-ema", "no average of the weights"),
     "float32": ("--mixed_precision no", "float32, not bfloat16"),
 }
