@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     name = config.run_name or checkpoint.config.run_name
     named = replace(
         checkpoint.config, run_name=name, output_dir=Path("output"), data=DataConfig(),
-        resume=None, init_from=None,
+        resume=None, init_from=None, align_to=None,
     )  # fmt: skip
     checkpoint = replace(checkpoint, config=named)  # no path of this machine goes out
     name += "" if config.to == "diffusers" else ".pth"

@@ -58,4 +58,5 @@ def test_it_is_small_and_names_no_folder():
     content = Path(PRETRAINED).read_bytes()
     assert len(content) <= 25e6
     config = load_checkpoint(PRETRAINED).config
-    assert not config.output_dir.is_absolute() and config.data.data_dir is None
+    assert not config.output_dir.is_absolute()
+    assert config.data.data_dir is config.align_to is config.init_from is None
