@@ -144,7 +144,8 @@ def test_samplers_are_compared_and_draws_kept(trained, tmp_path, monkeypatch):
     # 7 steps do not divide 100; a guided step counts twice, in the interval only.
     assert {name: row["evaluations"] for name, row in report["rows"].items()} == {
         "ddpm 20": 40, "ddim 10": 20, "dpmpp 5": 10, "dpmpp 5, guided in 0.2-1": 9,
-        "dpmpp 5, guided in 0.4-1": 8, "ddpm 5, again": 20, "ddpm 5, best of 2": 2 * (10 + 6 * (1 + 15 / 8)),
+        "dpmpp 5, guided in 0.4-1": 8, "ddpm 5, again": 20,
+        "ddpm 5, best of 2": 2 * (10 + 6 * (1 + 15 / 8)),
     }  # fmt: skip
     for row in report["rows"].values():
         assert 0 <= row["accuracy"]["mean"] <= 1 and row["frechet_distance"]["mean"] > 0
