@@ -2,9 +2,9 @@
 
 A network that draws pictures can also weigh them: where an object is in the picture, the condition
 that names it explains the picture's noise better than the same condition without it. CompLift
-(Yu et al. 2025, arXiv 2505.13740, equation 5) compares with no condition at all and looks at the
-whole; here each object is left out by itself, and the one that is missed least counts, as a
-picture with one object wrong is wrong.
+(Yu & Gao 2025, arXiv 2505.13740) compares each part's own condition with none; here, as "red
+sphere" alone means a scene of one object, each object is left out of the whole condition. The one
+that is missed least counts, as a picture with one object wrong is wrong.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffusion.loss import training_loss
 from diffusion.schedule import make_scheduler
 from runtime.device import autocast, autocast_dtype
+from runtime.seeds import draw_noise
 from runtime.settings import Precision, SchedulerConfig
 
 NUM_NOISES = 6
@@ -27,7 +28,7 @@ def left_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Every condition without each of its objects: (N, K) -> (M, K), and its row in labels (M,)."""
     rows, objects = labels.nonzero(as_tuple=True)
     without = labels[rows].clone()
-    without[torch.arange(len(rows)), objects] = 0
+    without.scatter_(1, objects[:, None], 0)
     return without, rows
 
 
@@ -65,8 +66,7 @@ def lift(
     levels = torch.linspace(*LEVELS, NUM_NOISES) * (noise.num_train_timesteps - 1)
     for level in levels.long():
         t = level.to(device).expand(len(x_0))
-        shape = (1, *x_0.shape[1:])
-        eps = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(device)
+        eps = draw_noise(generators, x_0.shape[3]).to(device)
         with autocast(device, dtype):
             whole = training_loss(model, scheduler, x_0, labels, t, eps)
             part = training_loss(model, scheduler, x_0[rows], without, t[rows], eps[rows])

@@ -2,9 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDPMScheduler,
-)
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 

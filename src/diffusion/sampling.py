@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-)
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -17,7 +15,7 @@ from diffusion.lift import lift, lift_evaluations
 from diffusion.schedule import check_steps, make_scheduler, scale, unscale
 from runtime import processes
 from runtime.device import autocast, autocast_dtype
-from runtime.seeds import derive_seed
+from runtime.seeds import derive_seed, draw_noise
 from runtime.settings import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
 
 
@@ -52,11 +50,6 @@ def renoise(x_prev: Tensor, t: Tensor, scheduler: Any, z: Tensor) -> Tensor:
     if previous >= 0:  # before the first step stands x_0, whose alphas_cumprod is 1
         a = a / scheduler.alphas_cumprod[previous]
     return a.sqrt().to(x_prev.device) * x_prev + (1 - a).sqrt().to(x_prev.device) * z
-
-
-def draw_noise(generators: Sequence[torch.Generator], size: int) -> Tensor:
-    """Standard normal (N, 3, S, S) on the CPU, from each picture's own generator."""
-    return torch.cat([torch.randn(1, 3, size, size, generator=g) for g in generators])
 
 
 def evaluations(noise: SchedulerConfig, config: SamplingConfig, labels: Tensor) -> float:

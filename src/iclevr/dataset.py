@@ -61,7 +61,8 @@ def find_data(config: DataConfig) -> DataPaths:
     if evaluator is None:
         weights = (data_dir / name for name in ("checkpoint.pth", "evaluator.pth"))
         evaluator = next((path for path in weights if path.exists()), None)
-        if evaluator is None and read_objects(data_dir) == OBJECTS:  # the shipped one knows no more
+        # The shipped one knows no other objects.
+        if evaluator is None and SHIPPED_EVALUATOR.exists() and read_objects(data_dir) == OBJECTS:
             evaluator = SHIPPED_EVALUATOR
     return DataPaths(
         data_dir,

@@ -24,7 +24,7 @@ from network.checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_mod
 from network.model import DiffusionModel
 from runtime import processes
 from runtime.device import autocast_dtype, pick_device
-from runtime.files import check_folder
+from runtime.files import append, check_folder
 from runtime.seeds import picture_seeds
 from runtime.settings import (
     ROOT,
@@ -252,7 +252,7 @@ def read_draws(path: Path) -> Draws:
     """Draws made before; a line cut short by a kill is left out, and drawn again."""
     draws = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # no JSON
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             values = json.loads(line)
             which = values.pop("scale"), values.pop("seed")
             draws[which] = Draw(**values)
@@ -283,6 +283,5 @@ def draw_missing(
         draws[scale, seed] = draw(scale, seed)
         if processes.is_main():
             line = json.dumps({"scale": scale, "seed": seed} | vars(draws[scale, seed]))
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(f"\n{line}")  # the newline ends a line that a kill has cut short
+            append(path, f"\n{line}")  # the newline ends a line that a kill has cut short
     return draws

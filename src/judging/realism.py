@@ -78,6 +78,11 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     Heusel et al. 2017 (FID), equation 6, on whatever features these are; computed by
     torchmetrics. It grows as M shrinks: compare only distances of equally many pictures.
     """
+    if min(len(real), len(generated)) < 2:
+        raise UserError(
+            f"a Frechet distance needs two pictures on each side, not {len(real)} training "
+            f"pictures and {len(generated)} drawn ones; switch it off with --num_fd_samples 0"
+        )
     metric = FrechetInceptionDistance(
         torch.nn.Identity(),
         input_img_size=(real.shape[1],),

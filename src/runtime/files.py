@@ -45,6 +45,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+def append(path: Path, text: str) -> None:
+    """Add to the end of a text file, which a kill may leave with part of it.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}") from None
+
+
 def make_folder(path: Path, flag: str = "--output_dir") -> None:
     """Make a folder where there is none, before work starts whose results it is to hold.
 

@@ -1,6 +1,10 @@
 """Seeds: one for every picture and every training step, so that neither depends on a batch."""
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def picture_seeds(seed: int, count: int, purpose: int = 0) -> list[int]:
@@ -16,3 +20,8 @@ def derive_seed(seed: int, purpose: int, number: int) -> int:
     5: the noise that it is weighed with.
     """
     return int(np.random.SeedSequence([seed, purpose, number]).generate_state(1, np.uint64)[0])
+
+
+def draw_noise(generators: Sequence[torch.Generator], size: int) -> Tensor:
+    """Standard normal (N, 3, S, S) on the CPU, from each picture's own generator."""
+    return torch.cat([torch.randn(1, 3, size, size, generator=g) for g in generators])

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.files import atomic_write
-from runtime.settings import UserError
+from runtime.files import append, atomic_write
 
 
 class History:
@@ -41,8 +40,4 @@ class History:
             UserError: the file can't be written.
         """
         kept = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "epoch": epoch} | kept) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
+        append(self.path, json.dumps({"step": step, "epoch": epoch} | kept) + "\n")

@@ -69,8 +69,8 @@ class TrainState:
             self.scaler.load_state_dict(stored["scaler"])
             if self.alignment is not None:
                 self.alignment.load_state_dict(stored["alignment"])
-            self.skipped.copy_(stored["skipped"])
-            self.losses = [loss.to(self.skipped.device) for loss in stored["losses"]]
+            self.skipped.copy_(stored.get("skipped", self.skipped))
+            self.losses = [loss.to(self.skipped.device) for loss in stored.get("losses", [])]
         except Exception as error:  # whatever the loaders make of a stranger's content
             why = " ".join(str(error).split())[:100]
             raise UserError(

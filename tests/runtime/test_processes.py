@@ -15,6 +15,7 @@ from conftest import SRC, train_argv, wait_for, write_world
 from PIL import Image
 
 import train
+import train_evaluator
 from network.checkpoint import load_checkpoint
 from runtime import processes
 from training.run_folder import latest_checkpoint
@@ -91,6 +92,23 @@ def test_two_processes_train_as_one(single, tmp_path):
     ours, theirs = (x / "samples" / "epoch_6.png" for x in (tmp_path / "r", alone))
     a, b = (np.asarray(Image.open(p)).astype(int) for p in (ours, theirs))
     assert abs(a - b).max() <= 2
+
+
+def test_two_processes_align_features_as_one(single, tmp_path):
+    """The heads, too, get the gradient of the whole batch."""
+    data, _ = single
+    teacher = tmp_path / "teacher.pth"
+    argv = ["--data_dir", data, "--epochs", 1, "--device", "cpu", "--seed", 1, "--out", teacher]
+    train_evaluator.main([str(a) for a in argv])
+    aligned = ["--align_to", teacher, "--align_weight", 2]
+    train.main(argv_of(data, tmp_path / "one", *aligned))
+    code, _, err = finished(launched("train.py", argv_of(data, tmp_path / "two", *aligned)))
+    assert code == 0, err
+    one, two = tmp_path / "one" / "r", tmp_path / "two" / "r"
+    assert_same_run(two, one)
+    heads = (load_checkpoint(latest_checkpoint(x)).training["alignment"] for x in (one, two))
+    for (name, ours), theirs in zip(next(heads).items(), next(heads).values(), strict=True):
+        assert (ours - theirs).norm() <= 2e-4 * theirs.norm(), name
 
 
 @pytest.mark.parametrize("parts", [2, 5])
