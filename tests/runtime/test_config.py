@@ -1,6 +1,7 @@
 """Flags, settings in files, atomic writes, intervals and devices."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -220,3 +221,32 @@ def test_devices():
             pick_device(name)
     cpu = torch.device("cpu")
     assert autocast_dtype("no", cpu) is None and autocast_dtype("bf16", cpu) == torch.bfloat16
+
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from runtime import device
+if sys.argv[1] == "keep":
+    device.pick_device("cpu")
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(10 * 2**20)  # 40 MiB, 10,240 pages: above what glibc may keep by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's mallopt")
+def test_freed_memory_is_kept_on_a_cpu():
+    faults = {}
+    for how in ("keep", "leave"):
+        command = [sys.executable, "-c", PAGE_FAULTS, how]
+        env = os.environ | {"PYTHONPATH": str(SRC)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        faults[how] = int(done.stdout)
+    assert 10 * faults["keep"] < faults["leave"]
