@@ -253,9 +253,9 @@ def read_draws(path: Path) -> Draws:
     draws = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            values = json.loads(line)
-            which = values.pop("scale"), values.pop("seed")
-            draws[which] = Draw(**values)
+            kept = json.loads(line)
+            draw = Draw(kept["records"], kept["frechet"], kept["more"])
+            draws[kept["scale"], kept["seed"]] = draw
     return draws
 
 

@@ -271,6 +271,18 @@ CASES = {
     ),
     "guidance NaN": Case("test", ("--guidance_scale", "nan"), "--guidance_scale nan"),
     "guidance huge": Case("test", ("--guidance_scale",), "--guidance_scale 1e6"),
+    "no step taken again": Case("test", ("--resample", "0"), "--resample 0"),
+    "steps taken again by a solver": Case(
+        "test", ("--resample 2", "--scheduler ddpm"), "--resample 2 --scheduler unipc"
+    ),
+    "resampling backwards": Case("test", ("--resample_interval",), "--resample_interval 1 0.5"),
+    "the best of none": Case("guidance_scale", ("--best_of", "0"), "--best_of 0"),
+    "no classifier": Case("train", ("teacher.pth: not found",), "--align_to {out}/teacher.pth"),
+    "a classifier that is a network": Case(
+        "train", ("model.pth",), "--align_to {ckpt}"
+    ),
+    "a negative weight": Case("train", ("--align_weight", "-1"), "--align_weight -1"),
+    "embeddings of nothing": Case("train", ("--time_embedding_dim", "0"), "--time_embedding_dim 0"),
     "interval backwards": Case("test", ("--guidance_interval",), "--guidance_interval 0.9 0.1"),
     "eta without ddim": Case("test", ("--eta",), "--eta 0.5"),
     "no seeds": Case("test", ("--num_seeds",), "--num_seeds 0"),
@@ -289,6 +301,10 @@ CASES = {
     "export under a bad name": Case("export", ("--run_name",), "--to half --run_name a/b"),
     "rendering over other data": Case(
         "render_iclevr", ("train.json", "not made"), "--out_dir {data}"
+    ),
+    "rendering: settings that are a list": Case(
+        "render_iclevr", ("render.json", "not a dict"), "--out_dir {data}",
+        lambda files: (files["data"] / "render.json").write_text("[]"),
     ),
     "tiny rendering": Case("render_iclevr", ("--width", "1"), "--width 1"),
     "no sequences": Case("render_iclevr", ("--num_sequences",), "--num_sequences 0"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_of
+from conftest import OBJECTS, error_of
 from PIL import Image
 
 import guidance_scale
@@ -114,7 +114,7 @@ def test_an_interrupted_test_goes_on(trained, tmp_path, monkeypatch):
         test.main([*argv, "--output_dir", str(tmp_path)])
     folder = result_folder(tmp_path, "ddim5-guidance3-seeds0to2")
     with open(folder / "draws.jsonl", "a") as file:
-        file.write('\n{"scale": 3.0, "se')  # a line cut short
+        file.write('\n{}\n3\n{"scale": 3.0, "se')  # no draws, and a line cut short
 
     def counted(bench, sampling, seed):
         drawn.append(seed)
@@ -150,8 +150,29 @@ def test_features_of_the_training_pictures_are_computed_only_when_needed(trained
     test.main([str(a) for a in [*argv, "--num_fd_samples", 0]])
     assert (result_folder(tmp_path, "ddim5-guidance3") / "nearest.png").exists()
     assert not [*(tmp_path / "cache").glob("features*")]
-    test.main([str(a) for a in [*argv, "--num_fd_samples", 4]])
-    assert len([*(tmp_path / "cache").glob("features*")]) == 1
+    distance = test.main([str(a) for a in [*argv, "--num_fd_samples", 4]])["frechet_distance"]
+    (features,) = (tmp_path / "cache").glob("features*")
+    # Cut short, they are computed again.
+    whole = features.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2]):
+        features.write_bytes(damaged)
+        for old in tmp_path.rglob("draws.jsonl"):
+            old.unlink()
+        again = test.main([str(a) for a in [*argv, "--num_fd_samples", 4]])
+        assert again["frechet_distance"] == distance and features.read_bytes() == whole
+
+
+def test_a_damaged_report_is_left_out_of_the_comparison(trained, tmp_path, capsys):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--scheduler", "ddim", "--num_inference_steps", 5, "--wandb", "disabled"]  # fmt: skip
+    for content in ("", "3", "{}"):
+        (tmp_path / "tiny" / "older").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tiny" / "older" / "accuracies.json").write_text(content)
+        test.main([str(a) for a in argv])
+        assert "older" in capsys.readouterr().err
+        table = (tmp_path / "tiny" / "accuracies.md").read_text()
+        assert "ddim5-guidance3" in table and "older" not in table
 
 
 def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, tmp_path):
@@ -195,7 +216,7 @@ def test_pictures_guided_by_the_judge_are_marked_and_judged_by_another(trained, 
     assert likelihoods[1] > likelihoods[0] + 5
 
 
-def test_prompt_draws_one_scene(trained, tmp_path):
+def test_prompt_draws_one_scene(trained, tmp_path, capsys):
     data, _, path = trained
     argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
     picture = test.main([str(a) for a in [*argv, "--prompt", "red sphere, cyan cube"]])
@@ -203,6 +224,12 @@ def test_prompt_draws_one_scene(trained, tmp_path):
     more = ["--scheduler", "ddim", "--num_inference_steps", 5]
     other = test.main([str(a) for a in [*argv, "--prompt", "red sphere, cyan cube", *more]])
     assert other.name == picture.name and other != picture  # beside each other
+    printed = capsys.readouterr().out  # an untrained network's scene is hardly the one asked for
+    assert "asked for: red sphere, cyan cube" in printed
+    assert "not the same; --seed 1 draws another picture" in printed
+    everything = ", ".join(OBJECTS)  # its name would be longer than file systems allow
+    picture = test.main([str(a) for a in [*argv, "--prompt", everything, *more]])
+    assert picture.name.startswith("24-objects-") and picture.exists()
     assert "unknown object 'red ball'" in error_of(test.main, [*argv, "--prompt", "red ball"])
 
 
