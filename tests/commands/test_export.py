@@ -20,7 +20,7 @@ from runtime.settings import SamplingConfig, TrainConfig
 
 @pytest.fixture(params=[(1, 0.0), (2, -4.0)])
 def patched(request, trained, tmp_path):
-    """A network on patches of 1 and 2 pixels, the second with a shifted schedule.
+    """A network on patches of 1 and 2 pixels, the second with other embeddings and schedule.
 
     Path of its checkpoint, model, and its folder for diffusers.
     """
@@ -28,9 +28,11 @@ def patched(request, trained, tmp_path):
     patch, shift = request.param
     checkpoint = load_checkpoint(trained[2])
     config = replace(checkpoint.config.model, patch_size=patch)
+    config = replace(config, time_embedding_dim=72) if shift else config
     weights = DiffusionModel(config).state_dict()
     noise = replace(checkpoint.config.noise, log_snr_shift=shift)
-    config = replace(checkpoint.config, model=config, noise=noise)
+    other = trained[1].parent / "other.pth"
+    config = replace(checkpoint.config, model=config, noise=noise, init_from=other, align_to=other)
     path = tmp_path / "model_epoch_1.pth"
     save_checkpoint(path, replace(checkpoint, config=config, model=weights, ema=weights))
     out = export.main(["--ckpt_path", str(path), "--out", str(tmp_path / "folder")])
