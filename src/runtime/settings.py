@@ -165,7 +165,7 @@ class SamplerConfig(Settings):
     """Resample only where t / T lies in here."""
     best_of: Annotated[int, Field(ge=1, le=1000)] = 1
     """Draw so many pictures of every condition, and keep the one that the network itself finds to
-    show it best (CompLift, Yu et al. 2025); no judge is asked."""
+    show it best (after CompLift, Yu & Gao 2025); no judge is asked."""
     batch_size: PositiveInt = 64
     """Pictures drawn at a time; the pictures do not depend on it."""
     classifier_guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 0.0
