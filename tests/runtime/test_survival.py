@@ -99,7 +99,9 @@ def test_a_signal_to_the_whole_group_spares_the_loaders_workers(tmp_path):
 
 
 def test_training_goes_on_when_the_service_of_wandb_is_killed(world, tmp_path):
-    process = start([*flags_of(world, tmp_path), "--wandb", "offline"])
+    # Without the service that an earlier test may have left running in this process.
+    env = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    process = start([*flags_of(world, tmp_path), "--wandb", "offline"], env=env)
     folder = tmp_path / "r" / "checkpoints"
     assert wait_for(lambda: any(folder.glob("model_epoch_*.pth")), process)
     services = [child for child in psutil.Process(process.pid).children(recursive=True)
