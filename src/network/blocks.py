@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from network.layers import Downsample2D, GroupNorm, SelfAttention2D, Upsample2D, per_channel
+from network.layers import Downsample2D, SelfAttention2D, Upsample2D
 
 
 class ResBlock2D(nn.Module):
@@ -29,10 +29,10 @@ class ResBlock2D(nn.Module):
     ):
         super().__init__()
         self.time_scale_shift = time_scale_shift
-        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, out_channels * (1 + time_scale_shift))
-        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         self.conv_shortcut = (
@@ -43,11 +43,12 @@ class ResBlock2D(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        emb = self.time_emb_proj(F.silu(temb))
+        emb = self.time_emb_proj(F.silu(temb))[:, :, None, None]
         if self.time_scale_shift:
-            h = self.norm2(h, *emb.chunk(2, dim=1))
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + per_channel(emb))
+            h = self.norm2(h + emb)
         h = self.conv2(self.dropout(F.silu(h)))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return shortcut + h

@@ -1,75 +1,10 @@
 """The layers of the U-Net's blocks, with forms of their own for the CPU where those are faster."""
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 FEW_POSITIONS = 256
 """Up to so many, attention on the CPU is written out."""
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu & He 2018), and on request a scale and a shift of its result.
-
-    (N, C, H, W), and scale and shift (N, C) or neither -> (N, C, H, W):
-    norm(x) * (1 + scale) + shift.
-    """
-
-    def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
-    ) -> Tensor:
-        if x.device.type == "cpu":
-            gamma, beta = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
-            if scale is not None:
-                gamma, beta = gamma * (1 + scale), beta * (1 + scale) + shift
-            return NormOnCpu.apply(x, gamma, beta, self.num_groups, self.eps)
-        h = super().forward(x)
-        return h if scale is None else h * (1 + per_channel(scale)) + per_channel(shift)
-
-
-class NormOnCpu(torch.autograd.Function):
-    """y = gamma x_hat + beta, x_hat being x with mean 0 and variance 1 in every group of channels.
-
-    gamma and beta are (N, C). On the CPU, torch's own backward pass of a GroupNorm takes some ten
-    times as long as this one, which is three sums and two products over the picture.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float
-    ) -> Tensor:
-        n, c, height, width = x.shape
-        x_hat, _, rstd = torch.native_group_norm(x, None, None, n, c, height * width, groups, eps)
-        ctx.save_for_backward(x_hat, gamma, rstd)
-        return torch.addcmul(per_channel(beta.to(x.dtype)), x_hat, per_channel(gamma.to(x.dtype)))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_hat, gamma, rstd = ctx.saved_tensors  # rstd: 1 / standard deviation, (N, groups)
-        groups, of_group = rstd.shape[1], grad.shape[1] // rstd.shape[1]
-        d_gamma = (grad * x_hat).sum(dim=(2, 3), dtype=gamma.dtype)  # (N, C)
-        d_beta = grad.sum(dim=(2, 3), dtype=gamma.dtype)
-        rstd = rstd.to(gamma.dtype).repeat_interleave(of_group, dim=1)  # (N, C)
-
-        def mean(sums: Tensor) -> Tensor:
-            """Sums over a channel -> the mean over its group, both (N, C)."""
-            total = sums.unflatten(1, (groups, of_group)).sum(dim=2)
-            return (total / (of_group * grad[0, 0].numel())).repeat_interleave(of_group, dim=1)
-
-        # d x = rstd (gamma grad - mean(gamma grad) - x_hat mean(gamma grad x_hat))
-        a, b, c = rstd * gamma, -rstd * mean(gamma * d_beta), -rstd * mean(gamma * d_gamma)
-        a, b, c = (per_channel(each.to(grad.dtype)) for each in (a, b, c))
-        d_x = torch.addcmul(b, x_hat, c).addcmul_(grad, a)
-        return d_x, d_gamma, d_beta, None, None
-
-
-def per_channel(channels: Tensor) -> Tensor:
-    """(N, C) -> (N, C, 1, 1)."""
-    return channels[:, :, None, None]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,7 +34,7 @@ class SelfAttention2D(nn.Module):
         inner = channels // self.head_dim * self.head_dim
         if inner == 0:
             raise ValueError(f"attention_head_dim {head_dim} exceeds the {channels} channels")
-        self.group_norm = GroupNorm(groups, channels, eps=eps) if groups else None
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups else None
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from network.blocks import DOWN_BLOCKS, UP_BLOCKS, UNetMidBlock2D
-from network.layers import GroupNorm
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -164,7 +163,7 @@ class UNet2DModel(nn.Module):
             )
             channels = block_out_channels[level]
 
-        self.conv_norm_out = GroupNorm(norm_num_groups, channels, eps=norm_eps)
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, eps=norm_eps)
         self.conv_out = nn.Conv2d(channels, out_channels, kernel_size=3, padding=1)
         self.halve_every_block = halve_every_block
 
