@@ -65,7 +65,7 @@ class EvaluatorConfig(Settings):
     device: str | None = None
     """cuda, cpu ... (default: the best there is)."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """auto: bf16 where the device computes in it, else no."""
+    """auto: bf16 where the device computes faster in it, else no."""
     data: DataConfig = field(default_factory=DataConfig)
 
 

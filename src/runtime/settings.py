@@ -171,7 +171,7 @@ class SamplerConfig(Settings):
     classifier_guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Follow the gradient of the --evaluator too, this strongly; such figures are marked."""
     mixed_precision: Precision = "auto"
-    """auto: bf16 where the device computes in it, else no (float32)."""
+    """auto: bf16 where the device computes faster in it, else no (float32)."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class TrainConfig(Settings):
     horizontal_flip: bool = True
     """Mirror half of the training pictures."""
     mixed_precision: Precision = "auto"
-    """auto: bf16 where the device computes in it, else no."""
+    """auto: bf16 where the device computes faster in it, else no."""
     compile: bool = False
     """Compile the network with torch.compile: faster steps after a first one that takes minutes."""
     zero_init: bool = False

@@ -223,6 +223,20 @@ def test_devices():
     assert autocast_dtype("no", cpu) is None and autocast_dtype("bf16", cpu) == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        ({"cpu_name": "AMD Zen4", "avx512_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, None),  # slower than float32
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+        ({}, None),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_faster(has, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert autocast_dtype("auto", torch.device("cpu")) is expected
+
+
 PAGE_FAULTS = """
 import resource, sys
 import torch
