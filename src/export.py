@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffusion.schedule import check_steps, make_scheduler
-from iclevr.dataset import check_objects
 from network.checkpoint import (
+    FORMAT,
     Checkpoint,
+    check_content,
     load_checkpoint,
     load_model,
     load_weights,
@@ -41,9 +42,7 @@ from runtime.settings import (
     RunName,
     SamplingConfig,
     Settings,
-    TrainConfig,
     UserError,
-    from_dict,
     parse_args,
     run,
     to_dict,
@@ -171,8 +170,8 @@ def from_diffusers(folder: Path) -> Checkpoint:
     known = settings.keys() if isinstance(settings, dict) else set()
     if missing := {"config", "objects", "epoch", "step"} - known:
         raise UserError(f"{source}: has no {', '.join(sorted(missing))}; {remedy}")
-    config = from_dict(TrainConfig, settings["config"], source=str(source))
-    objects = check_objects(settings["objects"], source)
+    content = settings | {"format": FORMAT, "model": {}, "ema": None, "training": {}}
+    checkpoint = check_content(content, source, remedy)
     weights = {}
     for part, path in (
         ("unet", folder / "unet" / "diffusion_pytorch_model.safetensors"),
@@ -184,8 +183,9 @@ def from_diffusers(folder: Path) -> Checkpoint:
             raise UserError(f"{path}: can't be read ({error}); {remedy}") from None
         weights |= {f"{part}.{key}": value for key, value in tensors.items()}
     with torch.device("meta"):
-        load_weights(DiffusionModel(config.model), weights, folder, "its settings", assign=True)
-    return Checkpoint(config, objects, weights, None, settings["epoch"], settings["step"], {})
+        model = DiffusionModel(checkpoint.config.model)
+        load_weights(model, weights, folder, "its settings", assign=True)
+    return replace(checkpoint, model=weights)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -86,7 +86,7 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     names = parse_prompt(config.prompt, bench.checkpoint.objects)
     images = draw_strip(bench, config.sampling, names, config.seed)
     name = "_".join(names).replace(" ", "-")
-    if len(name) > 150:  # file systems allow 255 bytes
+    if len(name.encode()) > 150:  # file systems allow 255 bytes
         name = f"{len(names)}-objects-{zlib.crc32(name.encode()):08x}"
     key = settings_key(0, bench, config.sampling)
     how = f"{folder_name(replace(config, seed=0, num_seeds=1))}-{key}"

@@ -29,6 +29,7 @@ from runtime.device import autocast, autocast_dtype, pick_device
 from runtime.files import make_folder
 from runtime.settings import (
     DataConfig,
+    Name,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -54,7 +55,7 @@ class EvaluatorConfig(Settings):
     """AdamW's decoupled weight decay."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the sequences kept out of training, for the figures."""
-    name: str | None = None
+    name: Name | None = None
     """What the judge is called in outputs (default: after its pictures)."""
     out: Path | None = None
     """File to write (default: evaluator.pth in the data folder)."""

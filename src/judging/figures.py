@@ -77,7 +77,8 @@ def confusion_chart(confusion: Tensor, names: Sequence[str], title: str, path: P
         value = float(shares[i, j])
         axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=6,
                   color="white" if value > 0.5 else "black")  # fmt: skip
-    axes.set(xlabel="found", ylabel="asked for", title=title)
+    axes.set(xlabel="found", ylabel="asked for")
+    axes.set_title(title, parse_math=False)  # a run's name may hold a $
     figure.colorbar(image, label="share of the row", shrink=0.7)
     save_figure(figure, path)
 
@@ -92,7 +93,7 @@ def panels(names: Sequence[str], title: str, xlabel: str) -> tuple[plt.Figure, d
     for name, panel in found.items():
         panel.set(ylabel=f"{name.replace('_', ' ')}\n(95% interval)")
         panel.grid(alpha=0.3)
-    axes[0, 0].set(title=title)
+    axes[0, 0].set_title(title, parse_math=False)
     axes[-1, 0].set(xlabel=xlabel)
     return figure, found
 

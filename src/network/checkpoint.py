@@ -53,10 +53,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, atomically.
 
     Raises:
-        UserError: the disk is full or the folder can't be written to.
+        UserError: the disk is full, the folder can't be written to, or `load_checkpoint` would
+            refuse the file.
     """
-    config = to_dict(checkpoint.config)
-    save_tensors(path, {"format": FORMAT} | vars(checkpoint) | {"config": config})
+    content = {"format": FORMAT} | vars(checkpoint) | {"config": to_dict(checkpoint.config)}
+    check_content(content, path, "nothing was written")
+    save_tensors(path, content)
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -95,6 +97,15 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     """
     remedy = "name a file of src/train.py, output/<run>/checkpoints/model_epoch_N.pth"
     content = read_tensors(path, remedy, device)
+    return check_content(content, path, remedy)
+
+
+def check_content(content: dict[str, Any], path: Path, remedy: str) -> Checkpoint:
+    """What a file says is a checkpoint.
+
+    Raises:
+        UserError: it is none; names the file and ends with `remedy`.
+    """
     if (found := content.get("format")) != FORMAT:
         raise UserError(f"{path}: format {found!r}, expected {FORMAT!r}; {remedy}")
     names = {field.name for field in fields(Checkpoint)}
@@ -107,6 +118,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
             raise UserError(f"{path}: {name} is a {type(content[name]).__name__}; {remedy}")
     config = from_dict(TrainConfig, content["config"], source=str(path))
     objects = check_objects(content["objects"], path)
+    if len(objects) != config.model.num_classes:
+        raise UserError(
+            f"{path}: {len(objects)} objects, but num_classes {config.model.num_classes}; {remedy}"
+        )
     return Checkpoint(**content | {"config": config, "objects": objects})
 
 

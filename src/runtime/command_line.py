@@ -6,11 +6,13 @@ pydantic checks types and ranges, for flags and for settings read back from a ch
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any, ClassVar, TypeVar
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import tyro
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -41,12 +43,13 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, default: T | Non
     Raises:
         UserError: an unknown flag or a value of the wrong type or range.
     """
+    argv = spelled_out(cls, sys.argv[1:] if argv is None else argv)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
             config = tyro.cli(
                 cls,
-                args=None if argv is None else list(argv),
+                args=argv,
                 default=default,
                 use_underscores=True,
                 config=(tyro.conf.OmitArgPrefixes,),
@@ -55,7 +58,68 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, default: T | Non
         if stop.code in (0, None):  # --help
             raise
         raise UserError(_first_paragraph(captured.getvalue())) from None
-    return from_dict(cls, asdict(config), source="")
+    # No shell expands the ~ of --output_dir=~/runs.
+    return with_paths(
+        from_dict(cls, asdict(config), source=""), lambda path: Path(os.path.expanduser(path))
+    )
+
+
+def spelled_out(cls: type, argv: Sequence[str]) -> list[str]:
+    """Flags with `--ema=False` and `--ema False`, as sweeps write them, made `--no_ema`.
+
+    Raises:
+        UserError: another value than true, false, 1 or 0 behind an equals sign.
+    """
+    known, words = boolean_flags(cls), {"true": True, "1": True, "false": False, "0": False}
+    result: list[str] = []
+    rest = list(argv)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        plain = name.removeprefix("no_")
+        if not flag.startswith("--") or plain not in known:
+            result.append(flag + equals + value)
+            continue
+        if not equals and rest and rest[0].lower() in words:
+            value = rest.pop(0)
+        elif not equals:
+            value = "true"
+        if value.lower() not in words:
+            raise UserError(f"{flag} {value!r}: use {flag} True or {flag} False")
+        on = words[value.lower()] == (name == plain)
+        result.append(f"--{plain}" if on else f"--no_{plain}")
+    return result
+
+
+def boolean_flags(cls: type) -> set[str]:
+    """Names of the fields that are true or false, nested ones too."""
+    found = set()
+    for name, kind in get_type_hints(cls).items():
+        if kind is bool:
+            found.add(name)
+        elif isinstance(kind, type) and issubclass(kind, Settings):
+            found |= boolean_flags(kind)
+    return found
+
+
+def with_paths(config: T, change: Callable[[Path], Path]) -> T:
+    """The same settings with `change` applied to every path in them, nested ones too."""
+    changed = {}
+    for name, value in vars(config).items():
+        if isinstance(value, Settings):
+            changed[name] = with_paths(value, change)
+        elif isinstance(value, Path):
+            changed[name] = change(value)
+    return replace(config, **changed)
+
+
+def read_back(config: T, source: str) -> T:
+    """Settings as a reader of the file that holds them will get them.
+
+    Raises:
+        UserError: it would refuse them; `source` and what is wrong.
+    """
+    return from_dict(type(config), to_dict(config), source)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -12,9 +12,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from runtime.command_line import Settings, UserError, from_dict, parse_args, run, to_dict
+from runtime.command_line import (
+    Settings,
+    UserError,
+    from_dict,
+    parse_args,
+    read_back,
+    run,
+    to_dict,
+    with_paths,
+)
 
-__all__ = ["Settings", "UserError", "from_dict", "parse_args", "run", "to_dict"]
+__all__ = [
+    "Settings", "UserError", "from_dict", "parse_args", "read_back", "run", "to_dict", "with_paths",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder of the repository: default paths hang on it, so that commands work from any folder."""
@@ -42,9 +53,16 @@ def _only_if(holds: Callable[[Any], Any], why: str) -> AfterValidator:
 RunName = Annotated[
     str,
     _only_if(
-        re.compile(r"\w[\w.\-]*").fullmatch, "it names a folder; use letters, digits, _ . and -"
+        re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f]+").fullmatch,
+        "it names a folder; use another name, without / and \\",
     ),
 ]
+"""A plain folder name: a run may be copied and renamed in any file manager, and goes on."""
+Name = Annotated[
+    str,
+    _only_if(lambda name: name.strip() and name.isprintable(), "use a name of one line"),
+]
+"""What outputs call something."""
 FdSamples = Annotated[
     int,
     Field(ge=0, le=10**6),

@@ -1,10 +1,12 @@
 """The optimiser: AdamW for all weights, or Muon for the matrices among them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LambdaLR
 
 from runtime.device import autocast_dtype
 from runtime.settings import TrainConfig
@@ -34,6 +36,23 @@ def make_optimizer(
         is_hidden = weight.ndim > 1 and not name.startswith(NOT_HIDDEN)
         (hidden if is_hidden else others).append(weight)
     return Muon(hidden, others, config.lr, betas, config.weight_decay)
+
+
+def warmup_then_cosine(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int
+) -> LambdaLR:
+    """Learning rate: linearly up to the peak at step `warmup_steps`, then a cosine towards 0.
+
+    It would be 0 before the first step and after the last, so that none is taken in vain.
+    """
+
+    def factor(step: int) -> float:  # steps from 0
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return LambdaLR(optimizer, factor)
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,21 +1,27 @@
 """The settings of a training: its flags, with defaults from the checkpoint that it starts from."""
 
+import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from network.checkpoint import load_checkpoint
-from runtime.settings import Settings, TrainConfig, UserError, parse_args
+from runtime.settings import Settings, TrainConfig, UserError, parse_args, read_back
 from training.recipes import RECIPES
-from training.run_folder import Source, latest_checkpoint, latest_whole_checkpoint
+from training.run_folder import (
+    Source,
+    latest_checkpoint,
+    latest_whole_checkpoint,
+    resumable,
+)
 
 # What may differ from the interrupted run when going on: how long, where, and what is shown.
 FREE_ON_RESUME = {
     "recipe", "resume", "epochs", "max_train_steps", "max_skipped_steps", "output_dir",
     "run_name", "save_interval", "sample_interval", "log_interval", "keep_last", "keep_best",
     "num_workers", "device", "compile", "wandb", "wandb_project", "dry_run", "data", "preview",
-    "gradient_accumulation_steps", "align_to",
+    "gradient_accumulation_steps", "align_to", "mixed_precision",
 }  # fmt: skip
 
 
@@ -56,7 +62,7 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
         )
     if config.resume:
         print(f"--resume auto: no checkpoint in {config.run_dir}: starting afresh")
-    return replace(config, resume=None), source
+    return read_back(replace(config, resume=None), "settings"), source
 
 
 def go_on(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, Source]:
@@ -67,16 +73,13 @@ def go_on(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, Source
             flag changes what can't change on the way.
     """
     flag = f"--resume {config.resume}"
-    given = config.run_dir if config.resume == "auto" else Path(config.resume)
+    auto = config.resume == "auto"
+    given = config.run_dir if auto else Path(os.path.expanduser(config.resume))
     if given.is_file():
+        run_dir = run_of(given, flag)
         source = Source(given, load_checkpoint(given))
-        if given.absolute().parent.name != "checkpoints":
-            raise UserError(f"{flag}: must lie in a run's folder, in checkpoints/")
-        run_dir = given.absolute().parents[1]
-        if given.absolute() != latest_checkpoint(run_dir):
-            raise UserError(f"{flag}: {run_dir} holds later checkpoints; move them away first")
     else:
-        source, run_dir = latest_whole_checkpoint(given), given.absolute()
+        source, run_dir = latest_whole_checkpoint(given), given.resolve()
     if source is None:
         raise UserError(f"{flag}: no checkpoint in {given / 'checkpoints'}")
     path, checkpoint = source
@@ -85,11 +88,65 @@ def go_on(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, Source
             f"{flag}: {path} comes from src/export.py, without the optimiser's state; resume from "
             "a checkpoint of src/train.py"
         )
-    config = parse_args(TrainConfig, argv, default=checkpoint.config)
+    config = parse_args(TrainConfig, argv, default=on_this_machine(checkpoint.config))
     remedy = "leave the flag out or start another --run_name"
     check_unchanged(config, checkpoint.config, path, remedy, FREE_ON_RESUME)
-    # Where the checkpoint lies now: its folder may have been moved.
-    return replace(config, output_dir=run_dir.parent, run_name=run_dir.name), source
+    check_there(config, checkpoint.config, path)
+    # Where the checkpoint lies now: its folder may have been moved, copied or renamed.
+    config = replace(config, output_dir=run_dir.parent, run_name=run_dir.name)
+    return read_back(config, flag), source
+
+
+def run_of(file: Path, flag: str) -> Path:
+    """The folder of the run that a checkpoint, or a link to one, is the last of.
+
+    Raises:
+        UserError: it lies in no run, or is not its last.
+    """
+    # A link is followed only where it leads into a run: checkpoints/ itself may be a link, too.
+    there = file.absolute()
+    there = there if there.parent.name == "checkpoints" else file.resolve()
+    if there.parent.name != "checkpoints":
+        raise UserError(f"{flag}: must lie in a run's folder, in checkpoints/")
+    run_dir = there.parents[1].resolve()
+    latest = latest_checkpoint(run_dir)
+    if latest and not latest.samefile(file):
+        among = any(path.samefile(file) for path in resumable(run_dir))
+        kind = "later checkpoints" if among else "checkpoints beside it"
+        raise UserError(f"{flag}: {run_dir} holds {kind}, such as {latest.name}; move them away")
+    return run_dir
+
+
+def on_this_machine(stored: TrainConfig) -> TrainConfig:
+    """The stored settings without what may be different, or missing, on another machine.
+
+    Somebody who wants no login, or nothing logged, wants neither elsewhere.
+    """
+    plain = TrainConfig()
+    return replace(
+        stored,
+        device=plain.device,
+        compile=plain.compile,
+        num_workers=plain.num_workers,
+        wandb="auto" if stored.wandb == "online" else stored.wandb,
+        data=replace(stored.data, cache_dir=None),
+    )
+
+
+def check_there(config: TrainConfig, stored: TrainConfig, path: Path) -> None:
+    """The files and folders that are taken from the checkpoint `path` are there.
+
+    Raises:
+        UserError: one is not; says which flag names another.
+    """
+    taken = vars(config.data) | {"align_to": config.align_to}
+    before = vars(stored.data) | {"align_to": stored.align_to}
+    for name, value in taken.items():
+        if isinstance(value, Path) and value == before[name] and not value.exists():
+            raise UserError(
+                f"{path}: was trained with --{name} {value}, which is not there; "
+                f"name another with --{name}"
+            )
 
 
 def check_unchanged(

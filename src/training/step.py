@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,7 +21,7 @@ from runtime.device import autocast, autocast_dtype
 from runtime.seeds import derive_seed
 from runtime.settings import TrainConfig, UserError
 from training.alignment import Alignment
-from training.optimizer import make_optimizer
+from training.optimizer import make_optimizer, warmup_then_cosine
 
 
 @dataclass
@@ -53,8 +52,12 @@ class TrainState:
             "alignment": self.alignment.state_dict() if self.alignment else None,
         }
 
-    def load(self, checkpoint: Checkpoint, path: Path) -> None:
+    def load(self, checkpoint: Checkpoint, path: Path) -> tuple[float, float]:
         """Take over what a checkpoint holds.
+
+        Returns:
+            the learning rate that its next step would have had, and the one that it gets: another
+            if the training has become longer or shorter.
 
         Raises:
             UserError: it is not of this network and optimiser.
@@ -66,7 +69,8 @@ class TrainState:
         try:
             self.optimizer.load_state_dict(stored["optimizer"])
             self.lr_scheduler.load_state_dict(stored["lr_scheduler"])
-            self.scaler.load_state_dict(stored["scaler"])
+            if stored["scaler"]:  # empty but for float16
+                self.scaler.load_state_dict(stored["scaler"])
             if self.alignment is not None:
                 self.alignment.load_state_dict(stored["alignment"])
             self.skipped.copy_(stored.get("skipped", self.skipped))
@@ -78,6 +82,15 @@ class TrainState:
                 f"{why}); resume from another checkpoint"
             ) from None
         self.step = checkpoint.step
+        # What was stored is of the old schedule, which may have come to its end: lr 0.
+        (before, *_), rates = self.lr_scheduler.get_last_lr(), self.lr_scheduler
+        rates._last_lr = [
+            base * factor(rates.last_epoch)
+            for base, factor in zip(rates.base_lrs, rates.lr_lambdas, strict=True)
+        ]
+        for group, lr in zip(self.optimizer.param_groups, rates.get_last_lr(), strict=True):
+            group["lr"] = lr
+        return before, rates.get_last_lr()[0]
 
 
 def build_state(
@@ -106,7 +119,7 @@ def build_state(
         parallel,
         copy.deepcopy(model).requires_grad_(False) if config.ema else None,
         optimizer,
-        get_cosine_schedule_with_warmup(optimizer, config.lr_warmup_steps, total_steps),
+        warmup_then_cosine(optimizer, config.lr_warmup_steps, total_steps),
         torch.amp.GradScaler(
             device.type, enabled=autocast_dtype(config.mixed_precision, device) == torch.float16
         ),

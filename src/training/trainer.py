@@ -21,7 +21,7 @@ from network.model import widened
 from runtime import processes
 from runtime.device import autocast_dtype
 from runtime.files import write_json
-from runtime.settings import TrainConfig, UserError, to_dict
+from runtime.settings import TrainConfig, UserError, to_dict, with_paths
 from runtime.tracking import Tracker
 from training.history import History
 from training.preview import Preview
@@ -55,6 +55,8 @@ class Trainer:
         self.config, self.loader, self.objects, self.preview = config, loader, objects, preview
         self.device, self.dtype = device, autocast_dtype(config.mixed_precision, device)
         self.run_dir = config.run_dir
+        self.stored = with_paths(replace(config, resume=None), Path.absolute)
+        """The settings as they are kept: whoever goes on may stand in another folder."""
         self.history = History(self.run_dir / "metrics.jsonl")
         self.data_key = data_key(loader.dataset)
         self.steps_per_epoch = len(loader)
@@ -112,7 +114,12 @@ class Trainer:
                 f"{path}: was trained on other pictures than {self.loader.dataset.data_dir} holds "
                 "now; name its --data_dir or start another --run_name"
             )
-        self.state.load(checkpoint, path)
+        before, lr = self.state.load(checkpoint, path)
+        if abs(lr - before) > 0.01 * before and not self.done:
+            print(
+                f"warning: the learning rate goes from {before:.2g} to {lr:.2g}: its way down to 0 "
+                f"now ends at step {self.total_steps}", file=sys.stderr,
+            )  # fmt: skip
         if processes.from_main(self.state.step) != self.state.step:
             raise UserError(
                 f"{path}: the first process goes on from another step; do all of them see "
@@ -156,7 +163,7 @@ class Trainer:
         """
         config, state = self.config, self.state
         if processes.is_main():
-            write_json(self.run_dir / "config.json", to_dict(config))
+            write_json(self.run_dir / "config.json", to_dict(self.stored))
             self.history.drop_after(state.step)
             self.best = best_accuracy(self.run_dir)
         self.tracker = Tracker(
@@ -276,7 +283,7 @@ class Trainer:
         state = self.state
         of_run = {"data": self.data_key, "losses": list(losses), "best": self.best}
         checkpoint = Checkpoint(
-            config=replace(self.config, resume=None),
+            config=self.stored,
             objects=self.objects,
             model=state.model.state_dict(),
             ema=state.ema.state_dict() if state.ema else None,

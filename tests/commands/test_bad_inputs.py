@@ -298,6 +298,9 @@ CASES = {
     "export over a file": Case("export", ("is there already",), "--out {ckpt}"),
     "export of a folder": Case("export", ("is a folder",), "--ckpt_path {data}"),
     "export back from a file": Case("export", ("no folder",), "--to checkpoint"),
+    "a judge without a name": Case("train_evaluator", ("--name", "of one line"), "--name ' '"),
+    "a name of two lines": Case("train_evaluator", ("--name", "of one line"), "--name 'a\nb'"),
+    "a flag that is half true": Case("train", ("--ema 'maybe'", "--ema False"), "--ema=maybe"),
     "export under a bad name": Case("export", ("--run_name",), "--to half --run_name a/b"),
     "rendering over other data": Case(
         "render_iclevr", ("train.json", "not made"), "--out_dir {data}"

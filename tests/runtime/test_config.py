@@ -38,6 +38,24 @@ def test_flags_of_nested_settings():
     assert default == TrainConfig() and default.model == ModelConfig()
 
 
+@pytest.mark.parametrize(
+    ("flags", "ema", "compiled"),
+    [
+        ("--ema=False --compile=True", False, True),
+        ("--ema false --compile true", False, True),
+        ("--ema=0 --compile 1 --epochs 3", False, True),
+        ("--no_ema=True --no-compile=False", False, True),
+        ("--ema --no-compile", True, False),
+        ("--no-ema --compile", False, True),
+        ("--compile --ema", True, True),
+    ],
+)
+def test_flags_that_are_true_or_false_as_a_sweep_writes_them(flags, ema, compiled):
+    config = parse_args(TrainConfig, flags.split())
+    assert (config.ema, config.compile) == (ema, compiled)
+    assert parse_args(TrainConfig, ["--lr-warmup-steps=4", "--data-dir", "1"]).lr_warmup_steps == 4
+
+
 def test_flags_default_to_given_settings():
     stored = TrainConfig(epochs=7, lr=0.5)
     config = parse_args(TrainConfig, ["--lr", "0.25"], default=stored)
