@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from typing import Any
 from PIL import Image
 
 from runtime import processes
+from runtime.files import read_json, write_json
 from runtime.settings import UserError, WandbMode
+
+LONGEST_NAME = 128
+"""Characters that Weights & Biases allows in a run's name."""
 
 
 class Tracker:
@@ -22,15 +27,20 @@ class Tracker:
         mode: "auto" is what WANDB_MODE says; else online when logged in, else offline. It never
             asks a question. "online" insists.
         project, name: where the run is filed.
-        folder: gets the files of offline runs (`wandb sync` uploads them).
+        folder: gets the files of offline runs (`wandb sync` uploads them), and keeps which run it
+            is: what goes on later goes on with the same one.
         config: settings shown with the run.
+        fresh: nothing goes on: it is another run than the one that may have been kept.
 
     Raises:
         UserError: mode "online" without a login or connection; "online" or "offline" where wandb
             is not installed.
     """
 
-    def __init__(self, mode: WandbMode, project: str, name: str, folder: Path, config: dict):
+    def __init__(
+        self, mode: WandbMode, project: str, name: str, folder: Path, config: dict,
+        fresh: bool = False,
+    ):  # fmt: skip
         self.run = None
         asked, mode = mode, os.environ.get("WANDB_MODE", "") if mode == "auto" else mode
         if mode == "disabled" or not processes.is_main():
@@ -48,25 +58,29 @@ class Tracker:
         try:
             import wandb
 
-            online = mode != "offline" and wandb.login(prompt=False)
-            if mode == "online" and not online:
-                raise UserError("--wandb online: not logged in; run `wandb login` or use auto")
             folder.mkdir(parents=True, exist_ok=True)
             settings = wandb.Settings(
                 silent=True, console="off", init_timeout=60, finish_timeout=300,
                 finish_timeout_raises=True,
             )  # fmt: skip
             options = dict(
-                project=project, name=name, dir=str(folder), config=config, settings=settings,
-                reinit="finish_previous",
+                project=project, name=name[:LONGEST_NAME], dir=str(folder), config=config,
+                settings=settings, reinit="finish_previous",
             )  # fmt: skip
-            if online:
+            if "WANDB_RUN_ID" not in os.environ:  # as the agent of a sweep sets it
+                options |= {"id": run_id(folder, project, name, fresh), "resume": "allow"}
+            why = ""
+            if mode != "offline":
                 try:
-                    self.run = wandb.init(mode="online", **options)
-                except Exception:  # logged in, but the service can't be reached
+                    if wandb.login(prompt=False):
+                        self.run = wandb.init(mode="online", **options)
+                    elif mode == "online":
+                        raise UserError("--wandb online: not logged in; run `wandb login`")
+                except Exception as error:  # the service can't be reached, or refuses the key
                     if asked == "online":
                         raise
-            where = self.run.url if self.run else f"offline, {folder / 'wandb'}"
+                    why = f" ({_line(error)})"
+            where = self.run.url if self.run else f"offline, {folder / 'wandb'}{why}"
             self.run = self.run or wandb.init(mode="offline", **options)
             print(f"wandb: {where}")
         except UserError:
@@ -106,6 +120,22 @@ class Tracker:
         print(f"warning: wandb stopped ({_line(error)}); going on without it", file=sys.stderr)
         # Runs before wandb's own, which would end the script with a traceback.
         atexit.register(_close_quietly)
+
+
+def run_id(folder: Path, project: str, name: str, fresh: bool) -> str:
+    """What Weights & Biases knows a run by; kept in a folder, by project and name.
+
+    A copy of the folder has another name, and so becomes another run.
+    """
+    path, key, known = folder / "wandb.json", f"{project}/{name}", {}
+    if path.exists():
+        with contextlib.suppress(UserError):  # damaged: a new run
+            known = read_json(path)
+    known = known if isinstance(known, dict) else {}
+    if fresh or not isinstance(known.get(key), str):
+        known[key] = secrets.token_hex(4)
+        write_json(path, known)
+    return known[key]
 
 
 def _logged(value: Any) -> Any:

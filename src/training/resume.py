@@ -38,10 +38,11 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
     """
     argv = sys.argv[1:] if argv is None else argv
     # --help waits for its defaults, which are the recipe's.
-    config = parse_args(TrainConfig, [flag for flag in argv if flag not in ("-h", "--help")])
+    flags = [flag for flag in argv if flag not in ("-h", "--help")]
+    config = parse_args(TrainConfig, flags, of_trial(TrainConfig()))
     begun = latest_checkpoint(config.run_dir)
     resuming = config.resume and (config.resume != "auto" or begun)
-    default, source = RECIPES[config.recipe], None
+    default, source = of_trial(RECIPES[config.recipe]), None
     if config.init_from and not resuming:
         source = Source(config.init_from, load_checkpoint(config.init_from))
         start = source.checkpoint.config
@@ -63,6 +64,13 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
     if config.resume:
         print(f"--resume auto: no checkpoint in {config.run_dir}: starting afresh")
     return read_back(replace(config, resume=None), "settings"), source
+
+
+def of_trial(default: TrainConfig) -> TrainConfig:
+    """Defaults in a sweep of Weights & Biases, whose trials would all take one run folder."""
+    if "WANDB_SWEEP_ID" not in os.environ or "WANDB_RUN_ID" not in os.environ:
+        return default
+    return replace(default, run_name=f"{default.run_name}-{os.environ['WANDB_RUN_ID']}")
 
 
 def go_on(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, Source]:

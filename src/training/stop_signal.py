@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 
 from runtime import processes
@@ -15,7 +16,8 @@ class StopSignal:
     """Ctrl-C and SIGTERM end training after the current step; a second one ends it at once.
 
     Within a second it still counts as the first: a terminal or a scheduler signals every process,
-    and torch's launcher passes on what it got itself.
+    and torch's launcher passes on what it got itself. In another thread than the main one, as in a
+    sweep of Weights & Biases, no signal arrives.
     """
 
     def __init__(self) -> None:
@@ -35,7 +37,8 @@ class StopSignal:
         return number != 0
 
     def __enter__(self) -> "StopSignal":
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
         self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 

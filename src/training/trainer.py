@@ -167,8 +167,9 @@ class Trainer:
             self.history.drop_after(state.step)
             self.best = best_accuracy(self.run_dir)
         self.tracker = Tracker(
-            config.wandb, config.wandb_project, config.run_name, self.run_dir, to_dict(config)
-        )
+            config.wandb, config.wandb_project, config.run_name, self.run_dir,
+            to_dict(self.stored), fresh=not state.step,
+        )  # fmt: skip
         self.bar = tqdm(
             total=self.total_steps, initial=state.step, desc="train", unit="step",
             disable=not processes.is_main(),

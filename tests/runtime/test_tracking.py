@@ -1,6 +1,8 @@
 """Weights & Biases: offline, out of reach, not installed, failing."""
 
+import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from conftest import error_of, train_argv
@@ -71,6 +73,65 @@ def test_wandb_out_of_reach_keeps_the_run_offline(tmp_path, monkeypatch, capsys)
     assert modes == ["online", "offline"]
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert "wandb: offline" in capsys.readouterr().out
+
+
+def test_a_key_without_a_connection_keeps_the_run_offline(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    train.main([*train_argv(world, tmp_path, "--epochs", 1), "--wandb", "auto"])
+    assert list(tmp_path.glob("r/wandb/offline-run-*/*.wandb"))
+    out = capsys.readouterr().out
+    assert f"wandb: offline, {tmp_path / 'r' / 'wandb'} (Failed to authenticate" in out
+
+
+def test_a_run_that_goes_on_is_the_same_run(tmp_path, monkeypatch):
+    import wandb
+
+    from runtime.tracking import Tracker
+
+    seen = []
+
+    def init(id, resume, **options):
+        seen.append(id)
+        assert resume == "allow" and len(options["name"]) <= 128
+        raise OSError
+
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.setattr(wandb, "init", init)
+    for name, fresh in (("a", True), ("a", False), ("a", True), ("b" * 300, False)):
+        Tracker("offline", "p", name, tmp_path, {}, fresh)
+    assert seen[0] == seen[1] and len(set(seen)) == 3
+    (tmp_path / "wandb.json").write_text("[")
+    Tracker("offline", "p", "a", tmp_path, {})
+    assert len(set(seen)) == 4
+    monkeypatch.setenv("WANDB_RUN_ID", "x")  # of a sweep's agent: wandb reads it itself
+    monkeypatch.setattr(wandb, "init", lambda **options: seen.append("id" in options))
+    Tracker("offline", "p", "a", tmp_path, {})
+    assert seen[-1] is False
+
+
+def test_resuming_goes_on_with_the_same_run(world, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    train.main(train_argv(world, tmp_path, "--epochs", 1, "--wandb", "offline"))
+    train.main(["--resume", str(tmp_path / "r"), "--epochs", "2"])
+    runs = list(tmp_path.glob("r/wandb/offline-run-*"))
+    (known,) = json.loads((tmp_path / "r" / "wandb.json").read_text()).values()
+    assert len(runs) == 2 and all(known in path.name for path in runs)
+
+
+def test_trials_of_a_sweep_train_in_a_thread_and_in_folders_of_their_own(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    argv = train_argv(world, tmp_path, "--epochs=1", "--ema=False", "--keep_best=False")
+    at = argv.index("--run_name")
+    argv = argv[:at] + argv[at + 2 :]
+    with ThreadPoolExecutor(1) as pool:
+        for trial in ("one", "two"):
+            monkeypatch.setenv("WANDB_RUN_ID", trial)
+            path = pool.submit(train.main, argv).result()
+            assert path.parents[1].name == f"ddpm-cfg-v1-{trial}"
 
 
 def test_failing_tracker_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
