@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     scales = guidance_scales(config)
     seeds = list(range(config.seed, config.seed + config.num_seeds))
     bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
-    config, bench = settle(config, bench)
+    config, bench = settle(config, bench, scales)
     sampler = config.sampling
     alike = SamplingConfig(**vars(sampler), guidance_scale=0.0)  # of all scales of this sweep
     key = settings_key(config.num_fd_samples, bench, alike)

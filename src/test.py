@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffusion import doubts
 from iclevr.dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
 from judging.bench import (
     Bench,
@@ -160,10 +161,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     config = parse_args(TestConfig, argv)
     bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
     run_folder = config.output_dir / bench.run_name
+    scale = config.sampling.guidance_scale
     if config.prompt is not None:
-        config, bench = settle(replace(config, num_fd_samples=0), bench)
+        if config.num_seeds > 1 or config.num_fd_samples:
+            doubts.warn(["--prompt: draws one picture, whatever --num_seeds and --num_fd_samples"])
+        config, bench = settle(replace(config, num_fd_samples=0), bench, [scale])
         return draw_prompt(bench, config, run_folder)
-    config, bench = settle(config, bench, nearest=True)
+    config, bench = settle(config, bench, [scale], nearest=True)
     key = settings_key(config.num_fd_samples, bench, config.sampling)
     name = f"{folder_name(config)}-{key}"
     folder = run_folder / name
@@ -172,7 +176,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
         config.wandb, config.wandb_project, f"{bench.run_name}-{name}", run_folder, to_dict(config)
     )
 
-    scale = config.sampling.guidance_scale
     wanted = [(scale, seed) for seed in range(config.seed, config.seed + config.num_seeds)]
     pictures = processes.from_main(len([*folder.glob("images/*/[0-9]*.png")]))
     complete = pictures == sum(map(len, bench.labels.values()))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion import doubts
 from diffusion.schedule import check_steps
 from iclevr.dataset import DataPaths, find_data, get_dataloader, read_conditions, read_objects
 from judging.evaluator import Evaluator, load_evaluator
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if config.compile:
         trainer.state.model.compile()  # in place: names of weights stay as they are
 
+    doubts.warn(doubts.of_training(config, trainer.total_steps, len(loader.dataset)))
     make_folder(run_dir)
     with own_folder(run_dir, latest):
         print(f"data: {len(loader.dataset)} pictures, {paths.image_dir}")
@@ -105,6 +107,13 @@ def check_settings(
             f"{config.model.num_classes}; set --num_classes {len(objects)}"
         )
     check_shares(config, config.batch_size)
+    if config.model.dropout == 1:
+        raise UserError("--dropout 1: nothing is left of what a ResBlock computes; use less")
+    if config.lr * config.weight_decay >= 1:
+        raise UserError(
+            f"--weight_decay {config.weight_decay:g}: with --lr {config.lr:g} every step takes "
+            "away all of the weights; their product must be far below 1"
+        )
     if config.compile:
         try:
             torch.compile(torch.square)(torch.ones(2, device=device))

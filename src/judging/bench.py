@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion import doubts
 from diffusion.sampling import sample
 from diffusion.schedule import check_steps
 from iclevr.dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
@@ -152,10 +153,13 @@ def with_reference(bench: Bench) -> Bench:
         return bench
 
 
-def settle(config: Config, bench: Bench, nearest: bool = False) -> tuple[Config, Bench]:
+def settle(
+    config: Config, bench: Bench, scales: Sequence[float], nearest: bool = False
+) -> tuple[Config, Bench]:
     """What a script's settings leave open, and the training pictures where they are needed.
 
     Args:
+        scales: guidance scales that pictures are drawn with.
         nearest: they are needed anyway, not only for a Frechet distance.
 
     Returns:
@@ -166,7 +170,10 @@ def settle(config: Config, bench: Bench, nearest: bool = False) -> tuple[Config,
         UserError: the network was not trained for so many steps, or the folder of the results
             can't be written to.
     """
-    steps = check_steps(bench.checkpoint.config.noise, config.sampling)
+    trained = bench.checkpoint.config
+    steps = check_steps(trained.noise, config.sampling)
+    doubts.warn(doubts.of_sampling(config.sampling, scales))
+    doubts.warn(doubts.of_guidance(trained, "guidance", scales))
     check_folder(config.output_dir / bench.run_name)
     count = config.num_fd_samples
     if count is None:
