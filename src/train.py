@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
         config.model.image_size, config.seed, config.horizontal_flip,
         cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
+        follow_links=paths.follow_links,
     )  # fmt: skip
     check_shares(config, loader.batch_sampler.batch_size)  # smaller, where pictures are few
 

@@ -187,7 +187,9 @@ def main(argv: list[str] | None = None) -> dict:
     if config.name is None and config.seed:
         name += f", seed {config.seed}"
     device = pick_device(config.device)
-    dataset = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir)
+    dataset = IclevrDataset(
+        paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir, paths.follow_links
+    )
     train, held_out = split_by_sequence(dataset.names, config.held_out)
     if not train:
         raise UserError(

@@ -42,6 +42,7 @@ class DataPaths:
     image_dir: Path
     cache_dir: Path
     evaluator: Path | None
+    follow_links: bool = False
 
 
 def find_data(config: DataConfig) -> DataPaths:
@@ -69,6 +70,7 @@ def find_data(config: DataConfig) -> DataPaths:
         config.image_dir or data_dir / "iclevr",
         config.cache_dir or data_dir / ".cache",
         evaluator,
+        config.follow_links,
     )
 
 
@@ -206,7 +208,12 @@ def resize(images: Tensor, side: int) -> Tensor:
 
 
 def open_train(
-    data_dir: Path, image_dir: Path, objects: dict[str, int], image_size: int, cache_dir: Path
+    data_dir: Path,
+    image_dir: Path,
+    objects: dict[str, int],
+    image_size: int,
+    cache_dir: Path,
+    follow_links: bool = False,
 ) -> tuple[list[str], Tensor, Path]:
     """Names, labels (N, objects) and the cache of the training pictures, made if need be.
 
@@ -224,7 +231,7 @@ def open_train(
         if path.exists():
             return names, labels, path
     names, labels = read_train(data_dir, objects)
-    path = load_images(image_dir, names, image_size, cache_dir)
+    path = load_images(image_dir, names, image_size, cache_dir, follow_links)
     if len(names) > CHECK_EACH:
         for old in cache_dir.glob(f"{image_size}px-list-*.npz"):
             old.unlink(missing_ok=True)
@@ -264,6 +271,7 @@ class IclevrDataset(Dataset):
         image_dir: folder of the training pictures; may be None for the test modes.
         image_size: S, side in pixels.
         cache_dir: folder of the decoded pictures; None: .cache/ in `data_dir`.
+        follow_links: take pictures that are links out of their folder.
 
     Raises:
         UserError: files missing or malformed, see the functions above.
@@ -276,6 +284,7 @@ class IclevrDataset(Dataset):
         mode: Mode,
         image_size: int = 64,
         cache_dir: Path | None = None,
+        follow_links: bool = False,
     ):
         self.mode, self.data_dir = mode, Path(data_dir)
         self.objects = read_objects(self.data_dir)
@@ -283,8 +292,9 @@ class IclevrDataset(Dataset):
             cache_dir = cache_dir or self.data_dir / ".cache"
             with processes.main_first():
                 self.names, self.labels, self.cache = open_train(
-                    self.data_dir, Path(image_dir), self.objects, image_size, Path(cache_dir)
-                )
+                    self.data_dir, Path(image_dir), self.objects, image_size, Path(cache_dir),
+                    follow_links,
+                )  # fmt: skip
             self.images = np.load(self.cache, mmap_mode="r")  # (N, 3, S, S) uint8
         elif mode in SPLITS:
             self.conditions, self.labels = read_conditions(data_dir, mode, self.objects)
@@ -362,13 +372,14 @@ def get_dataloader(
     horizontal_flip: bool = True,
     cache_dir: Path | None = None,
     pin_memory: bool = False,
+    follow_links: bool = False,
 ) -> DataLoader:
     """Batches of pictures and labels ("train": shuffled, flipped) or of labels in file order.
 
     The epoch of the training order is set by `loader.batch_sampler.set_position(epoch)`.
     Arguments and errors as for `IclevrDataset` and `TrainSampler`.
     """
-    dataset = IclevrDataset(data_dir, image_dir, mode, image_size, cache_dir)
+    dataset = IclevrDataset(data_dir, image_dir, mode, image_size, cache_dir, follow_links)
     batches = {"batch_size": batch_size}
     if mode == "train":
         batches = {"batch_sampler": TrainSampler(len(dataset), batch_size, seed, horizontal_flip)}

@@ -19,7 +19,13 @@ MAX_SIDE = 8192  # a 64 px training picture needs no more; guards against decomp
 MODES = ("RGB", "RGBA", "L", "P")  # 8 bits a channel; CLEVR's own pictures are RGBA
 
 
-def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_dir: Path) -> Path:
+def load_images(
+    image_dir: Path,
+    names: Sequence[str],
+    image_size: int,
+    cache_dir: Path,
+    follow_links: bool = False,
+) -> Path:
     """Make sure that the cache of these pictures is there and current.
 
     The file's name holds a hash of every picture's name, size and time, so that a change of the
@@ -29,6 +35,7 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
         names: N file names in `image_dir`.
         image_size: side S in pixels that pictures are resized to (bilinear, antialiased).
         cache_dir: folder of the cache, made if absent.
+        follow_links: take pictures that are links out of the folder.
 
     Returns:
         a .npy file: (N, 3, S, S) uint8, in the order of `names`.
@@ -37,7 +44,10 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
         UserError: pictures are missing or broken, or the cache can't be written.
     """
     folder = hashlib.sha256(str(image_dir.resolve()).encode()).hexdigest()[:8]
-    path = cache_dir / f"{image_size}px-{folder}-{_hash_of_sources(image_dir, names)}.npy"
+    path = (
+        cache_dir
+        / f"{image_size}px-{folder}-{_hash_of_sources(image_dir, names, follow_links)}.npy"
+    )
     if path.exists():
         try:
             np.load(path, mmap_mode="r")
@@ -54,7 +64,7 @@ def load_images(image_dir: Path, names: Sequence[str], image_size: int, cache_di
     return path
 
 
-def _hash_of_sources(image_dir: Path, names: Sequence[str]) -> str:
+def _hash_of_sources(image_dir: Path, names: Sequence[str], follow_links: bool) -> str:
     """16 hex digits that follow from every picture's name, size and time."""
     sources, missing, inside = hashlib.sha256(), [], image_dir.resolve()
     for name in names:
@@ -62,9 +72,10 @@ def _hash_of_sources(image_dir: Path, names: Sequence[str]) -> str:
         try:
             found = os.lstat(path)
             if stat.S_ISLNK(found.st_mode):
-                if inside not in path.resolve().parents:
+                if not follow_links and inside not in Path(os.path.realpath(path)).parents:
                     raise UserError(
-                        f"{path}: a link that leads out of the folder; put the picture itself there"
+                        f"{path}: a link that leads out of the folder; put the picture itself "
+                        "there, or take such links with --follow_links"
                     )
                 found = os.stat(path)
             sources.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
@@ -72,6 +83,11 @@ def _hash_of_sources(image_dir: Path, names: Sequence[str]) -> str:
             missing.append(name)
     if missing:
         few = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        if os.path.islink(image_dir / missing[0]):
+            raise UserError(
+                f"{image_dir}: {len(missing)} of {len(names)} pictures are missing ({few}): links "
+                "to where nothing is; fetch them, such as with git annex get or dvc pull"
+            )
         raise UserError(
             f"{image_dir}: {len(missing)} of {len(names)} pictures are missing ({few}); "
             "put them there, name their folder with --image_dir, or use a rendered stand-in "

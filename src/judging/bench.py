@@ -258,7 +258,8 @@ def split_records(splits: dict[str, tuple[Tensor, Evaluation]]) -> dict[str, Rec
 def read_draws(path: Path) -> Draws:
     """Draws made before; a line cut short by a kill is left out, and drawn again."""
     draws = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             kept = json.loads(line)
             draw = Draw(kept["records"], kept["frechet"], kept["more"])

@@ -99,7 +99,8 @@ def load_evaluator(
         raise UserError(f"no evaluator in the data folder: {HOW_TO_GET_EVALUATOR}")
     content = read_tensors(path, HOW_TO_GET_EVALUATOR)
     blob = git_blob_hash(path)
-    if not isinstance(content.get("model"), dict):
+    weights = find_weights(content)
+    if weights is None:
         raise UserError(f"{path}: no evaluator: it has no entry 'model'; {HOW_TO_GET_EVALUATOR}")
     if content.get("objects", objects) != objects:
         raise UserError(
@@ -107,13 +108,30 @@ def load_evaluator(
             f"{HOW_TO_GET_EVALUATOR}"
         )
     model = build_evaluator(len(objects))
-    load_weights(model, content["model"], path, f"a ResNet18 with {len(objects)} scores")
+    load_weights(model, weights, path, f"a ResNet18 with {len(objects)} scores")
     name = "course" if blob == COURSE_BLOB else str(content.get("name", "unknown weights"))
     threshold = content.get("threshold", 0.5)
     if not isinstance(threshold, float) or not 0 < threshold < 1:
         raise UserError(f"{path}: threshold {threshold!r} is no number between 0 and 1")
     model = model.eval().requires_grad_(False).to(device)
     return Evaluator(model, name, path, objects, threshold, blob)
+
+
+def find_weights(content: dict) -> dict | None:
+    """The state dict in a file of torch.save, under its usual names or the file itself.
+
+    What stands before the ResNet's names, such as the `module.` of DataParallel, is taken away.
+    """
+    found = (content.get(key) for key in ("model", "state_dict", "model_state_dict"))
+    weights = next((entry for entry in found if isinstance(entry, dict)), None)
+    if weights is None and content and all(isinstance(entry, Tensor) for entry in content.values()):
+        weights = content
+    names = [*map(str, weights or ())]
+    first = min((n for n in names if n.endswith("conv1.weight")), key=len, default="conv1.weight")
+    prefix = first.removesuffix("conv1.weight")
+    if prefix and all(name.startswith(prefix) for name in names):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def calibrate(scores: Tensor, labels: Tensor) -> float:

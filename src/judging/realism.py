@@ -61,7 +61,9 @@ def load_reference(paths: DataPaths, judge: Evaluator) -> Reference:
     Raises:
         UserError: train.json or pictures missing or damaged.
     """
-    data = IclevrDataset(paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir)
+    data = IclevrDataset(
+        paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir, paths.follow_links
+    )
     key = hashlib.sha256(f"{data.cache.name} {judge.blob}".encode()).hexdigest()
     return Reference(data.images, data.labels, judge, key, Path(data.cache).parent)
 

@@ -127,17 +127,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, remedy: str = "check the path") -> Any:
-    """Read a JSON file.
+    """Read a JSON file: UTF-8, with or without a byte-order mark, or UTF-16 (PowerShell's).
 
     Raises:
         UserError: the file is missing, unreadable or not JSON; ends with `remedy`.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}; {remedy}") from None
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
-        raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
+        raise UserError(f"{path}: not valid JSON ({error}); mend the file, or {remedy}") from None

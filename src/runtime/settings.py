@@ -157,6 +157,8 @@ class DataConfig(Settings):
     """Folder of the training pictures (default: iclevr/ in the data folder)."""
     cache_dir: Path | None = None
     """Folder of the decoded pictures (default: .cache/ in the data folder)."""
+    follow_links: bool = False
+    """Take training pictures that are links out of their folder, as git-annex and DVC make them."""
     evaluator: Path | None = None
     """Weights of the judge (default: checkpoint.pth in the data folder, else evaluator.pth
     there, else the stand-in's, which comes with the repository)."""

@@ -17,7 +17,9 @@ class History:
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Each line with its step, but for those that a kill or a full disk has cut short."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        text = ""
+        if self.path.exists():
+            text = self.path.read_text(encoding="utf-8-sig", errors="replace")
         for line in text.splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 yield json.loads(line)["step"], line

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import OBJECTS, write_world
+from conftest import OBJECTS, SMALL_NETWORK, write_world
 from PIL import Image, ImageFile
 from torchvision import transforms
 
+import train
 from iclevr import dataset
 from iclevr.dataset import IclevrDataset, TrainSampler, decode_labels, encode_labels, get_dataloader
 from runtime.settings import DataConfig, UserError
@@ -166,11 +167,23 @@ def test_links_out_of_the_folder_are_refused(world):
     first, second = sorted((world / "iclevr").iterdir())[:2]
     first.unlink()
     first.symlink_to(second)  # within it: a picture like any other
-    IclevrDataset(world, world / "iclevr", "train", 8)
+    inside = IclevrDataset(world, world / "iclevr", "train", 8)
     outside = second.rename(world / "outside.png")
     second.symlink_to(outside)
-    with pytest.raises(UserError, match="a link that leads out of the folder"):
+    with pytest.raises(UserError, match="a link that leads out of the folder.*--follow_links"):
         IclevrDataset(world, world / "iclevr", "train", 8)
+    # As git-annex and DVC make them, they are taken on demand, if they lead somewhere.
+    followed = IclevrDataset(world, world / "iclevr", "train", 8, follow_links=True)
+    assert np.array_equal(followed.images, inside.images)
+    argv = ["--data_dir", str(world), "--output_dir", str(world), "--device", "cpu", "--epochs",
+            "1", "--wandb", "disabled", "--follow_links", *SMALL_NETWORK]  # fmt: skip
+    train.main(argv)
+    train.main(["--resume", str(world / "ddpm-cfg-v1"), "--epochs", "2"])
+    for target in (world / "gone.png", second):
+        second.unlink()
+        second.symlink_to(target)
+        with pytest.raises(UserError, match="2 of 12 pictures are missing .*git annex get"):
+            IclevrDataset(world, world / "iclevr", "train", 8, follow_links=True)
     # The folder itself may be a link.
     second.unlink()
     outside.rename(second)

@@ -102,6 +102,17 @@ def test_contract_of_the_network():
     assert scores.shape == (2, 24) and ((scores > 0) & (scores < 1)).all()
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_weights_as_others_save_them(tmp_path, key, prefix):
+    plain = build_evaluator().state_dict()
+    named = {prefix + name: value for name, value in plain.items()}
+    torch.save({key: named, "epoch": 3} if key else named, tmp_path / "e.pth")
+    judge = load_evaluator(tmp_path / "e.pth", OBJECTS)
+    ours = judge.model.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in plain.items())
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

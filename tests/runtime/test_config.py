@@ -186,6 +186,17 @@ def test_a_folder_is_checked_without_being_left_behind(tmp_path):
         check_folder(tmp_path / "old" / "file" / "c")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_json_as_other_tools_write_it(tmp_path, encoding):
+    """Windows' editors begin with a byte-order mark, PowerShell writes UTF-16."""
+    path = tmp_path / "a.json"
+    path.write_bytes('{"r\u00f6t": 1}\r\n'.encode(encoding))
+    assert read_json(path) == {"r\u00f6t": 1}
+    path.write_bytes('{"r\u00f6t": 1,}'.encode(encoding))
+    with pytest.raises(UserError, match="a.json: not valid JSON .*; mend the file, or do that"):
+        read_json(path, "do that")
+
+
 def test_an_error_leaves_no_new_folder(tmp_path):
     with pytest.raises(UserError, match="too long"):
         write_json(tmp_path / "new" / ("x" * 300) / "a.json", 1)
