@@ -20,7 +20,6 @@ from typing import Annotated
 
 from PIL import Image
 from pydantic import Field
-from tqdm import tqdm
 
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture
@@ -33,6 +32,7 @@ from runtime.files import (
     remove_left_overs,
     write_json,
 )
+from runtime.output import progress_bar
 from runtime.settings import ROOT, PositiveInt, Seed, Settings, UserError, parse_args, run
 
 
@@ -115,7 +115,7 @@ def _render_all(config: RenderConfig, jobs: list[tuple[RenderConfig, int, list[i
     spawn = mp.get_context("spawn")  # works the same on every system
     with (
         ProcessPoolExecutor(config.num_workers, spawn, _start_worker) as pool,
-        tqdm(total=total, initial=done, unit="picture") as bar,
+        progress_bar(total=total, initial=done, unit="picture") as bar,
     ):
         # Ctrl-C is this process's business: the workers inherit that it is ignored.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

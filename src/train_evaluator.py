@@ -4,29 +4,33 @@
 
 Writes evaluator.pth beside the data, in the course's format (key "model"), with the threshold
 from which an object counts as detected, and its figures on held-out sequences: half of these set
-the threshold, the other half give the figures. Generated pictures are softer than the ones it
-learns from, and shift in brightness: it is trained on pictures disturbed in these ways, so that
-it judges objects, not pixels.
+the threshold, the other half give the figures. It is trained on pictures that were disturbed, so
+that it judges objects, not pixels.
+
+Stopped (Ctrl-C, a scheduler's signal) or killed, it goes on by the same command, from
+evaluator.unfinished.pth beside that file, written every ten minutes and when stopped.
 """
 
+import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
-from iclevr.dataset import IclevrDataset, find_data, normalize, to_uint8
+from iclevr.dataset import IclevrDataset, find_data, normalize
+from judging.disturb import disturb
 from judging.evaluator import IMAGE_SIZE, Evaluator, build_evaluator, calibrate, evaluate
 from judging.intervals import Interval, proportion_interval
-from network.checkpoint import save_tensors
+from network.checkpoint import load_weights, read_tensors, save_tensors
 from runtime.device import autocast, autocast_dtype, pick_device
 from runtime.files import make_folder
+from runtime.output import progress_bar
 from runtime.settings import (
     DataConfig,
     Name,
@@ -38,7 +42,13 @@ from runtime.settings import (
     UserError,
     parse_args,
     run,
+    to_dict,
 )
+from runtime.signals import StopSignal
+from training.trainer import data_key
+
+SAVE_EACH_S = 600
+"""Time between savings of an unfinished training."""
 
 
 @dataclass(frozen=True)
@@ -82,47 +92,18 @@ def split_by_sequence(names: list[str], held_out: float) -> tuple[list[int], lis
     return train, sorted(set(range(len(names))) - set(train))
 
 
-def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, shift, scale, blur, brighten, add noise, compress: each picture by its own amount.
-
-    (N, 3, H, W) in [-1, 1] -> the same.
-    """
-    n, _, height, width = x.shape
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(n, 1, 1, 1, device=x.device).uniform_(low, high, generator=generator)
-
-    mirror = (uniform(0, 1) < 0.5).float().view(n) * -2 + 1
-    theta = torch.zeros(n, 2, 3, device=x.device)
-    scale = uniform(0.88, 1.12).view(n)
-    theta[:, 0, 0], theta[:, 1, 1] = mirror * scale, scale
-    theta[:, :, 2] = torch.stack([uniform(-0.1, 0.1).view(n), uniform(-0.1, 0.1).view(n)], dim=1)
-    grid = F.affine_grid(theta, [n, 3, height, width], align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-    # Softness: half of the pictures partly blurred, some as coarse as a 32x32 model's.
-    soft = TF.gaussian_blur(x, kernel_size=[7, 7], sigma=[1.2, 1.2])
-    x = torch.lerp(x, soft, (uniform(-1, 1)).clamp(min=0))
-    coarse = F.interpolate(F.avg_pool2d(x, 2), (height, width), mode="bilinear")
-    x = torch.where(uniform(0, 1) < 0.25, coarse, x)
-
-    gray = x.mean(dim=(1, 2, 3), keepdim=True)
-    x = (x - gray) * uniform(0.75, 1.3) + gray + uniform(-0.2, 0.2)  # contrast, brightness
-    tint = torch.cat([uniform(-0.05, 0.05) for _ in range(3)], dim=1)  # white balance
-    noise = torch.randn(x.shape, device=x.device, generator=generator)
-    x = (x + tint + noise * uniform(0, 0.06)).clamp(-1, 1)
-
-    # JPEG, which torchvision knows on the CPU only, for about a quarter: quality 20 to 100.
-    for i, quality in enumerate(uniform(-200, 100).view(n).long().tolist()):
-        if quality >= 20:
-            x[i] = normalize(TF.jpeg(to_uint8(x[i].cpu()), quality)).to(x.device)
-    return x
-
-
 def fit(
-    config: EvaluatorConfig, dataset: IclevrDataset, train: list[int], device: torch.device
+    config: EvaluatorConfig,
+    dataset: IclevrDataset,
+    train: list[int],
+    device: torch.device,
+    unfinished: Path,
 ) -> nn.Module:
-    """A ResNet18 trained on the pictures `train` of the data set."""
+    """A ResNet18 trained on the pictures `train` of the data set.
+
+    Interrupted, by a signal or otherwise, it goes on to the same weights from the file
+    `unfinished`, see `resume`.
+    """
     images = torch.from_numpy(dataset.images[train]).to(device)  # (N, 3, 64, 64) uint8
     labels = dataset.labels[train].to(device)
     torch.manual_seed(config.seed)
@@ -130,28 +111,66 @@ def fit(
     model = build_evaluator(labels.shape[1]).to(device, memory_format=torch.channels_last)
     sigmoid, model.fc[1] = model.fc[1], nn.Identity()  # the loss takes logits
     batch_size = min(config.batch_size, len(train))
-    steps = config.epochs * (len(train) // batch_size)
+    epoch_steps = len(train) // batch_size
+    steps = config.epochs * epoch_steps
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=0.15)
     dtype = autocast_dtype(config.mixed_precision, device)
-
-    with tqdm(total=steps, desc="train evaluator", unit="step") as bar:
-        for _ in range(config.epochs):
-            order = torch.randperm(len(train), generator=generator, device=device)
-            for index in order[: len(order) // batch_size * batch_size].split(batch_size):
-                x = disturb(normalize(images[index]), generator)
-                with autocast(device, dtype):
-                    logits = model(x)
-                loss = F.binary_cross_entropy_with_logits(logits.float(), labels[index])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
-                if bar.n % 20 == 0:
-                    bar.set_postfix(loss=f"{loss.item():.4f}")
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    of = {"pictures": data_key(dataset), "settings": to_dict(config)}
+    step, order = resume(unfinished, parts, generator, of) if unfinished.exists() else (0, None)
+    saved = time.monotonic()
+    bar = progress_bar(total=steps, initial=step, desc="train evaluator", unit="step")
+    with StopSignal() as stop, bar:
+        while step < steps:
+            start = step % epoch_steps * batch_size
+            if start == 0:
+                order = torch.randperm(len(train), generator=generator, device=device)
+            index = order[start : start + batch_size]
+            x = disturb(normalize(images[index]), generator)
+            with autocast(device, dtype):
+                logits = model(x)
+            loss = F.binary_cross_entropy_with_logits(logits.float(), labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            if stop.agreed() or time.monotonic() > saved + SAVE_EACH_S:
+                state = {name: part.state_dict() for name, part in parts.items()} | {"of": of}
+                state |= {"step": step, "order": order, "generator": generator.get_state()}
+                save_tensors(unfinished, state)
+                saved = time.monotonic()
+            if stop.agreed():
+                break
+    if step < steps:
+        print(f"stopped at step {step} of {steps}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + stop.number)
     model.fc[1] = sigmoid
     return model.eval().requires_grad_(False)
+
+
+def resume(
+    path: Path, parts: dict[str, Any], generator: torch.Generator, of: dict[str, Any]
+) -> tuple[int, Tensor]:
+    """Take over what `fit` has saved: the number of steps done, and the epoch's order.
+
+    Raises:
+        UserError: the file is damaged, or of other pictures or settings.
+    """
+    remedy = f"finish it with its settings, name another --out, or delete {path.name}"
+    content = read_tensors(path, remedy)
+    if content.get("of") != of:
+        raise UserError(f"{path}: an unfinished training with other settings or pictures; {remedy}")
+    load_weights(parts["model"], content["model"], path, "a ResNet18")
+    for name in ("optimizer", "schedule"):
+        parts[name].load_state_dict(content[name])
+    generator.set_state(content["generator"])
+    print(f"goes on from step {content['step']}, {path}")
+    return content["step"], content["order"].to(generator.device)
 
 
 def calibrate_and_test(
@@ -198,7 +217,9 @@ def main(argv: list[str] | None = None) -> dict:
         )
     make_folder(out.parent, "--out")
 
-    model = fit(config, dataset, train, device)
+    unfinished = out.with_name(f"{out.stem}.unfinished.pth")
+    alike = replace(config, name=None, out=None, overwrite=False, data=DataConfig())
+    model = fit(alike, dataset, train, device, unfinished)
     # Half precision halves the file; the figures below are those of the rounded weights.
     weights = {
         key: value.cpu().half() if value.ndim > 1 else value.cpu()
@@ -217,6 +238,7 @@ def main(argv: list[str] | None = None) -> dict:
     }
     content = {"model": weights, "name": name, "objects": dataset.objects}
     save_tensors(out, content | {"threshold": judge.threshold, "info": info})
+    unfinished.unlink(missing_ok=True)
     print(
         f"{out}: judge {name}, threshold {judge.threshold:.3f}\n"
         f"on {tested} held-out pictures: accuracy {accuracy}, exact sets {exact}"

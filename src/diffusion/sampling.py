@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffusion.guidance import Guide, classifier_guidance, guided_prediction
 from diffusion.lift import lift, lift_evaluations
 from diffusion.schedule import check_steps, make_scheduler, scale, unscale
 from runtime import processes
 from runtime.device import autocast, autocast_dtype
+from runtime.output import progress_bar
 from runtime.seeds import derive_seed, draw_noise
 from runtime.settings import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
 
@@ -159,10 +159,9 @@ def sample(
     pictures = [torch.empty(0, 3, size, size)]  # of a process without a share
     intermediates = [torch.empty(num_intermediates, 0, 3, size, size)]
     starts = range(0, len(seeds), config.batch_size)
-    with tqdm(
-        total=len(starts) * steps, desc="sample", unit="step", leave=False,
-        disable=not progress or not processes.is_main(),
-    ) as bar:  # fmt: skip
+    with progress_bar(
+        total=len(starts) * steps, shown=progress, desc="sample", unit="step", leave=False
+    ) as bar:
         for start in starts:
             batch = slice(start, start + config.batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]

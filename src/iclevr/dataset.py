@@ -21,6 +21,7 @@ from iclevr.scene import OBJECTS
 from runtime import processes
 from runtime.files import atomic_write, read_json
 from runtime.settings import ROOT, DataConfig, UserError
+from runtime.signals import stop_signals
 
 Mode = Literal["train", "test", "new_test"]
 SPLITS = ("test", "new_test")
@@ -390,8 +391,8 @@ def get_dataloader(
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    """Ctrl-C and SIGTERM reach a whole group; a loader without its workers could not go on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Signals reach a whole group; a loader without its workers could not go on."""
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from runtime.files import atomic_write, check_folder, remove_left_overs
+from runtime.output import progress_bar
 from runtime.settings import UserError
 
 MAX_SIDE = 8192  # a 64 px training picture needs no more; guards against decompression bombs
@@ -109,7 +109,7 @@ def _decode_all(paths: Sequence[Path], image_size: int, target: Path) -> None:
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
         jobs = pool.map(decode, range(len(paths)))  # the first error cancels those not yet begun
-        for _ in tqdm(jobs, total=len(paths), desc="decode pictures", unit="img"):
+        for _ in progress_bar(jobs, total=len(paths), desc="decode pictures", unit="img"):
             pass
     cache.flush()
 

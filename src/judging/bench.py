@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion import doubts
 from diffusion.sampling import sample
@@ -26,6 +25,7 @@ from network.model import DiffusionModel
 from runtime import processes
 from runtime.device import autocast_dtype, pick_device
 from runtime.files import append, check_folder
+from runtime.output import progress_bar
 from runtime.seeds import picture_seeds
 from runtime.settings import (
     ROOT,
@@ -286,8 +286,7 @@ def draw_missing(
     if len(todo) < len(wanted):
         there = len(wanted) - len(todo)
         print(f"{there} of {len(wanted)} draws are there already: {path.parent}")
-    alone = len(todo) < 2 or not processes.is_main()
-    for scale, seed in tqdm(todo, desc="draws", unit="draw", disable=alone):
+    for scale, seed in progress_bar(todo, shown=len(todo) > 1, desc="draws", unit="draw"):
         draws[scale, seed] = draw(scale, seed)
         if processes.is_main():
             line = json.dumps({"scale": scale, "seed": seed} | vars(draws[scale, seed]))

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
-from tqdm import tqdm
 
 from iclevr.dataset import DataPaths, IclevrDataset, normalize, resize
 from judging.evaluator import IMAGE_SIZE, Evaluator
 from runtime.files import atomic_write
+from runtime.output import progress_bar
 from runtime.seeds import derive_seed
 from runtime.settings import UserError
 
@@ -46,7 +46,7 @@ class Reference:
             if len(features) == len(self.images):
                 return torch.from_numpy(features)
         parts = []
-        for start in tqdm(range(0, len(self.images), 256), desc="features", unit="batch"):
+        for start in progress_bar(range(0, len(self.images), 256), desc="features", unit="batch"):
             batch = torch.tensor(self.images[start : start + 256])
             parts.append(self.judge.features(normalize(batch)))
         features = torch.cat(parts)

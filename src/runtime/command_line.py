@@ -18,6 +18,7 @@ import tyro
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from runtime import processes
+from runtime.output import outlast_readers
 
 T = TypeVar("T")
 
@@ -154,6 +155,7 @@ def run(main: Callable[[], Any], if_stopped: str = "stopped") -> None:
     Args:
         if_stopped: what to say after Ctrl-C.
     """
+    outlast_readers()
     try:
         main()
     except UserError as error:

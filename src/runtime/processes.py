@@ -30,7 +30,7 @@ def join(device: torch.device) -> None:
         # gloo for what lies on the CPU: agreements, and pictures that are gathered.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if not is_main():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def leave() -> None:

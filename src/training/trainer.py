@@ -21,13 +21,14 @@ from network.model import widened
 from runtime import processes
 from runtime.device import autocast_dtype
 from runtime.files import write_json
+from runtime.output import progress_bar
 from runtime.settings import TrainConfig, UserError, to_dict, with_paths
+from runtime.signals import Stopped, StopSignal
 from runtime.tracking import Tracker
 from training.history import History
 from training.preview import Preview
 from training.run_folder import Source, best_accuracy, best_path, checkpoint_path, delete_older
 from training.step import build_state, train_step
-from training.stop_signal import Stopped, StopSignal
 
 
 class Trainer:
@@ -170,10 +171,9 @@ class Trainer:
             config.wandb, config.wandb_project, config.run_name, self.run_dir,
             to_dict(self.stored), fresh=not state.step,
         )  # fmt: skip
-        self.bar = tqdm(
-            total=self.total_steps, initial=state.step, desc="train", unit="step",
-            disable=not processes.is_main(),
-        )  # fmt: skip
+        self.bar = progress_bar(
+            total=self.total_steps, initial=state.step, desc="train", unit="step"
+        )
         with self.stop, self.bar:
             self.restart_clock()
             while True:
@@ -230,7 +230,7 @@ class Trainer:
         self.shown |= {"loss": f"{loss:.4f}", "lr": f"{lr:.1e}", "img/s": f"{images_per_s:.0f}"}
         if skipped:
             self.shown["skipped"] = str(skipped)
-        self.bar.set_postfix(self.shown)
+        self.bar.set_postfix(self.shown, refresh=False)
         self.state.losses = []
         self.restart_clock()
 

@@ -1,6 +1,8 @@
 """The judge: the course's accuracy, its file format, and training one."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from conftest import OBJECTS, error_of
 
 import train_evaluator
 from iclevr import dataset
+from judging.disturb import disturb
 from judging.evaluator import (
     COURSE_BLOB,
     Evaluator,
@@ -18,7 +21,7 @@ from judging.evaluator import (
     load_evaluator,
 )
 from runtime.settings import UserError
-from train_evaluator import disturb, split_by_sequence
+from train_evaluator import split_by_sequence
 
 
 def plain_accuracy(scores, labels):
@@ -187,3 +190,36 @@ def test_training_learns_and_writes_the_courses_format(tmp_path, monkeypatch, ca
     assert evaluate(judge, images, torch.eye(24)[:2]).accuracy == 1
     assert "is there already" in error_of(train_evaluator.main, argv)
     assert dataset.find_data(dataset.DataConfig(data_dir=folder)).evaluator is not None
+
+
+def test_a_judge_that_was_stopped_goes_on_to_the_same_weights(world, monkeypatch, capsys):
+    """By a signal within an epoch, or later by a kill."""
+    argv = ["--data_dir", str(world), "--epochs", "3", "--batch_size", "3", "--device", "cpu"]
+    train_evaluator.main([*argv, "--out", str(world / "whole.pth")])
+    real, steps = train_evaluator.disturb, iter(range(100))
+
+    def disturb_and_stop(*args):
+        step = next(steps)
+        if step == 4:  # of three in an epoch
+            os.kill(os.getpid(), signal.SIGHUP)
+        if step == 7:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(train_evaluator, "disturb", disturb_and_stop)
+    monkeypatch.setattr(train_evaluator, "SAVE_EACH_S", 0)
+    with pytest.raises(SystemExit) as ended:
+        train_evaluator.main(argv)
+    assert ended.value.code == 128 + signal.SIGHUP
+    assert "stopped at step 5 of 9; the same command goes on" in capsys.readouterr().err
+    with pytest.raises(MemoryError):
+        train_evaluator.main(argv)
+    unfinished = world / "evaluator.unfinished.pth"
+    message = error_of(train_evaluator.main, [*argv, "--lr", "0.1"])
+    assert message.startswith(f"{unfinished}: an unfinished training with other settings")
+    assert not (world / "evaluator.pth").exists()
+    train_evaluator.main(argv)
+    assert "goes on from step 7" in capsys.readouterr().out
+    whole, ours = (torch.load(world / f"{name}.pth") for name in ("whole", "evaluator"))
+    assert all(torch.equal(ours["model"][key], value) for key, value in whole["model"].items())
+    assert ours["info"] == whole["info"] and not unfinished.exists()

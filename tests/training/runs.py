@@ -26,20 +26,20 @@ def auto(output: Path) -> list[str]:
     return ["--output_dir", str(output), "--run_name", "r", "--resume", "auto"]
 
 
-def stopped(main, argv, after: int) -> None:
-    """Train until so many steps are done, then get SIGTERM."""
+def stopped(main, argv, after: int, number: int = signal.SIGTERM) -> None:
+    """Train until so many steps are done, then get a signal."""
     real = trainer.train_step
 
     def train_step(state, *args):
         result = real(state, *args)
         if state.step == after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return result
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(trainer, "train_step", train_step)
         main(argv)
-    assert ended.value.code == 143
+    assert ended.value.code == 128 + number
 
 
 def poison(monkeypatch, steps: Container[int]) -> None:

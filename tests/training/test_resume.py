@@ -14,8 +14,8 @@ import export
 import train
 import train_evaluator
 from network.checkpoint import load_checkpoint, save_checkpoint
+from runtime.signals import StopSignal
 from training.run_folder import latest_checkpoint
-from training.stop_signal import StopSignal
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,35 @@ def test_a_second_signal_stops_at_once_but_not_an_echo_of_the_first():
         with pytest.raises(SystemExit) as ended:
             os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 143
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_all_that_asks_for_an_end_saves_first(world, tmp_path, name):
+    """A terminal that is gone, and what schedulers send."""
+    stopped(train.main, train_argv(world, tmp_path), 2, getattr(signal, name))
+    assert load_checkpoint(latest_checkpoint(tmp_path / "r")).step == 2
+
+
+def test_a_warning_and_then_sigterm_do_not_cut_the_saving_short():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.since -= 2
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed() and stop.number == signal.SIGUSR1
+        with pytest.raises(SystemExit):  # someone at the keyboard
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.agreed()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_moved_run_goes_on_where_it_lies(world, tmp_path):

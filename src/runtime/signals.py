@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, put off until the step that was begun is done."""
+"""Signals that ask for an end, put off until the step that was begun is done."""
 
 import signal
 import sys
@@ -7,17 +7,28 @@ import time
 
 from runtime import processes
 
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
+"""Ctrl-C, kill, a terminal that is gone, what schedulers send before a job's time is up (Slurm's
+--signal, submitit), the limit of CPU time, Windows' Ctrl-Break."""
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Those of `NAMES` that there are here, and that the caller has not had ignored (nohup)."""
+    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
 
 class Stopped(Exception):
-    """A preview was cut short by a signal."""
+    """What can be taken up again later, such as a preview, was cut short by a signal."""
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM end training after the current step; a second one ends it at once.
+    """`stop_signals` end a training after the current step.
 
-    Within a second it still counts as the first: a terminal or a scheduler signals every process,
-    and torch's launcher passes on what it got itself. In another thread than the main one, as in a
-    sweep of Weights & Biases, no signal arrives.
+    Ctrl-C or SIGTERM once more ends it at once. Within a second it still counts as the first: a
+    terminal or a scheduler signals every process, and torch's launcher passes on what it got
+    itself. In another thread than the main one, as in a sweep of Weights & Biases, no signal
+    arrives.
     """
 
     def __init__(self) -> None:
@@ -38,7 +49,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        numbers = stop_signals() if main else ()
         self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -48,7 +59,10 @@ class StopSignal:
 
     def _note(self, number: int, _: object) -> None:
         if self.number is not None:
-            if time.monotonic() > self.since + 1:
+            # Not another one: a scheduler's warning is followed by its SIGTERM, a lost terminal's
+            # SIGHUP by its shell's.
+            again = number == signal.SIGINT or number == self.number == signal.SIGTERM
+            if again and time.monotonic() > self.since + 1:
                 sys.exit(128 + number)
             return
         self.number, self.since = number, time.monotonic()
