@@ -1,8 +1,8 @@
 """From noise to pictures: the one `sample`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from runtime.device import autocast, autocast_dtype
 from runtime.output import progress_bar
 from runtime.seeds import derive_seed, draw_noise
 from runtime.settings import SamplerConfig, SamplingConfig, SchedulerConfig, UserError
+
+T, U, V = TypeVar("T"), TypeVar("U"), TypeVar("V")
 
 
 def step_repeats(noise: SchedulerConfig, config: SamplerConfig, t: Tensor | int) -> int:
@@ -111,7 +113,6 @@ def denoise(
         yield x_t
 
 
-@torch.no_grad()
 def sample(
     model: nn.Module,
     noise: SchedulerConfig,
@@ -143,8 +144,40 @@ def sample(
         pictures (N, 3, S, S) float32 in [-1, 1] on the CPU, and the kept x_t
         (num_intermediates, N, 3, S, S), clipped to [-1, 1] as well.
     """
+    steps = sample_steps(model, noise, labels, seeds, config, num_intermediates, progress, guide)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+@torch.no_grad()
+def sample_steps(
+    model: nn.Module,
+    noise: SchedulerConfig,
+    labels: Tensor,
+    seeds: Sequence[int],
+    config: SamplingConfig,
+    num_intermediates: int = 0,
+    progress: bool = True,
+    guide: Guide | None = None,
+) -> Generator[Tensor, None, tuple[Tensor, Tensor]]:
+    """As `sample`, one step at a time: whoever watches may show each, or go away.
+
+    Yields:
+        what `denoise` yields of one batch after the other. With config.best_of the pictures
+        between which the choice is still to be made stand side by side.
+
+    Returns:
+        what `sample` returns.
+    """
     if config.best_of > 1:
-        return best_of(model, noise, labels, seeds, config, num_intermediates, progress, guide)
+        return (
+            yield from best_of(
+                model, noise, labels, seeds, config, num_intermediates, progress, guide
+            )
+        )
     if config.classifier_guidance_scale and guide is None:
         raise ValueError("classifier_guidance_scale needs a guide")
     if len(labels) != len(seeds):
@@ -169,6 +202,7 @@ def sample(
             for done, x_t in enumerate(denoise(model, noise, y, generators, config, guide)):
                 kept += [x_t.cpu()] * kept_steps.count(done)
                 bar.update(done > 0)
+                yield x_t
             pictures.append(x_t.cpu())
             intermediates.append(torch.stack(kept) if kept else torch.empty(0, *x_t.shape))
     x_0 = processes.gather(torch.cat(pictures), count)
@@ -178,6 +212,16 @@ def sample(
     return unscale(x_0, noise).clamp(-1, 1), unscale(kept_x_t, noise).clamp(-1, 1)
 
 
+def relay(steps: Generator[T, None, V], change: Callable[[T], U]) -> Generator[U, None, V]:
+    """The same steps, each of them changed, and what they return in the end."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield change(step)
+
+
 def best_of(
     model: nn.Module,
     noise: SchedulerConfig,
@@ -185,16 +229,17 @@ def best_of(
     seeds: Sequence[int],
     config: SamplingConfig,
     *more: Any,
-) -> tuple[Tensor, Tensor]:
+) -> Generator[Tensor, None, tuple[Tensor, Tensor]]:
     """Draw `config.best_of` pictures of every condition and keep the one with the highest `lift`.
 
-    The first of them is the picture that is drawn without a choice. Arguments and what is returned
-    are those of `sample`.
+    The first of them is the picture that is drawn without a choice. Arguments, what is
+    yielded and what is returned are those of `sample_steps`.
     """
     n = config.best_of
     seeds = [s if k == 0 else derive_seed(s, 4, k) for s in seeds for k in range(n)]
     repeated = labels.repeat_interleave(n, dim=0)
-    images, kept = sample(model, noise, repeated, seeds, replace(config, best_of=1), *more)
+    one = replace(config, best_of=1)
+    images, kept = yield from sample_steps(model, noise, repeated, seeds, one, *more)
     device, mine = next(model.parameters()).device, processes.shard(len(seeds))
     lifts = [torch.empty(0)]  # of a process without a share
     for start in range(mine.start, mine.stop, config.batch_size):

@@ -67,6 +67,14 @@ def unscale(x_0: Tensor, config: SchedulerConfig) -> Tensor:
     return x_0 / config.scaling_factor + config.shift_factor
 
 
+class StepsError(UserError):
+    """A number of steps that a sampler can't take; `nearest` is one that it can."""
+
+    def __init__(self, message: str, nearest: int):
+        super().__init__(f"{message}; the nearest that works is {nearest}")
+        self.nearest = nearest
+
+
 def check_steps(
     noise: SchedulerConfig, config: SamplerConfig, flag: str = "--num_inference_steps"
 ) -> int:
@@ -75,8 +83,8 @@ def check_steps(
     The default is all T trained steps for ddpm, about 50 for ddim and about 12 for the solvers.
 
     Raises:
-        UserError: more steps than were trained; a number at which diffusers' timesteps step
-            unevenly or begin far from noise; eta or resample with a scheduler that has no such
+        StepsError: a number at which diffusers' timesteps step unevenly or begin far from noise.
+        UserError: more steps than were trained; eta or resample with a scheduler that has no such
             thing.
     """
     name = config.scheduler
@@ -117,5 +125,4 @@ def check_steps(
     possible = (n for n in by_distance if why_not(n) is None)
     if steps is None:
         return next((n for n in possible if n >= 0.4 * wanted), total)
-    near = next(possible)
-    raise UserError(f"{flag} {steps}: {reason}; the nearest that works is {near}")
+    raise StepsError(f"{flag} {steps}: {reason}", next(possible))

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from diffusion import doubts
-from diffusion.sampling import sample
-from diffusion.schedule import check_steps
+from diffusion.sampling import relay, sample, sample_steps
+from diffusion.schedule import check_steps, unscale
 from iclevr.dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
 from judging.evaluator import Evaluation, Evaluator, evaluate, git_blob_hash, load_evaluator
 from judging.metrics import Record, record
@@ -108,6 +108,25 @@ class Bench:
         """As `diffusion.sampling.sample`, with this network, schedule and guide."""
         noise = self.checkpoint.config.noise
         return sample(self.model, noise, labels, seeds, sampling, guide=self.guide, **more)
+
+    def watch(
+        self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig
+    ) -> Generator[Tensor, None, Tensor]:
+        """As `sample`: yields noise and what each step makes of it, returns the pictures.
+
+        All are (N, 3, S, S) in [-1, 1] on the CPU.
+        """
+        noise = self.checkpoint.config.noise
+        steps = sample_steps(
+            self.model, noise, labels, seeds, sampling, progress=False, guide=self.guide
+        )
+        images, _ = yield from relay(steps, lambda x_t: unscale(x_t, noise).clamp(-1, 1).cpu())
+        return images
+
+    def arithmetic(self, sampling: SamplerConfig) -> str:
+        """Device and number format: another one rounds differently."""
+        dtype = autocast_dtype(sampling.mixed_precision, self.device)
+        return f"{self.device.type} {dtype}"
 
 
 def open_bench(
@@ -222,7 +241,6 @@ def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) ->
 
     It names the folder of the results.
     """
-    dtype = autocast_dtype(sampling.mixed_precision, bench.device)
     parts = {
         "checkpoint": bench.blob,
         "judge": bench.judge.blob,
@@ -231,7 +249,7 @@ def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) ->
         "training": bench.reference and bench.reference.key,
         "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
         "sampling": to_dict(replace(sampling, batch_size=1)),
-        "arithmetic": f"{bench.device.type} {dtype}",
+        "arithmetic": bench.arithmetic(sampling),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 

@@ -10,7 +10,7 @@ from conftest import LinearModel
 
 from diffusion.guidance import guided_prediction
 from diffusion.loss import draw_timesteps, drop_labels, min_snr_weight, training_loss
-from diffusion.sampling import evaluations, renoise, sample
+from diffusion.sampling import evaluations, relay, renoise, sample, sample_steps
 from diffusion.schedule import check_steps, make_scheduler, scale, unscale
 from network.model import DiffusionModel
 from runtime.seeds import derive_seed, picture_seeds
@@ -305,6 +305,27 @@ def test_intermediates_go_from_noise_to_picture(network):
     assert repeated.shape[0] == 9 and torch.equal(repeated[1], repeated[2])
     _, none = sample(network, NOISE, labels_of(0), [3], config, progress=False)
     assert none.shape[0] == 0
+
+
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_sampling_can_be_watched_and_left(network, best_of):
+    config = replace(FLOAT, scheduler="ddim", num_inference_steps=10, best_of=best_of)
+    images, _ = sample(network, NOISE, labels_of(0), [3], config, progress=False)
+    steps, seen = sample_steps(network, NOISE, labels_of(0), [3], config, progress=False), []
+
+    def watch():
+        yield (yield from relay(steps, seen.append))
+
+    *_, (watched, _) = watch()
+    assert torch.equal(watched, images) and len(seen) == 11
+    assert any(torch.equal(x_0.clamp(-1, 1), images[0]) for x_0 in seen[-1])
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(seen[0][:1], noise)
+    calls, real = [], network.forward
+    network.forward = lambda *args: calls.append(1) or real(*args)
+    steps = sample_steps(network, NOISE, labels_of(0), [3], config, progress=False)
+    next(steps), next(steps), steps.close()
+    assert len(calls) == 1
 
 
 def test_sampling_undoes_the_scaling():
