@@ -2,6 +2,7 @@
 
     python src/test.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
     python src/test.py --ckpt_path ... --prompt "red sphere, cyan cube"
+    python src/test.py --ckpt_path ... --from_json red-sphere_cyan-cube_seed0.json
 
 Writes output/result/<run>/<sampling>-<hash of all settings>/: images/<split>/0.png ... 31.png, a
 grid of each split, the way from noise to a picture, which object was taken for which
@@ -10,7 +11,7 @@ draws.jsonl, from which an interrupted test goes on; and output/result/<run>/acc
 different ways of sampling stand side by side. Network and schedule are those in the checkpoint.
 """
 
-import zlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from judging.bench import (
     settle,
     split_records,
 )
+from judging.drawing import check_origin, plan, read_drawing
 from judging.evaluator import IMAGE_SIZE, evaluate
 from judging.figures import confusion_chart, grid, pairs, save_image, save_text, strip
 from judging.metrics import record
@@ -60,6 +62,9 @@ class TestConfig(BenchConfig):
     """Draws of every picture; with several, accuracies are their mean and 95% interval."""
     prompt: str | None = None
     """Draw this scene instead, such as "red sphere, cyan cube"."""
+    from_json: Path | None = None
+    """Draw a picture again, to the same bytes, from the JSON that --prompt and src/app.py write
+    beside it; flags change what it says."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -86,14 +91,13 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
     """Draw the scene of --prompt and say what the judge sees in it."""
     names = parse_prompt(config.prompt, bench.checkpoint.objects)
     images = draw_strip(bench, config.sampling, names, config.seed)
-    name = "_".join(names).replace(" ", "-")
-    if len(name.encode()) > 150:  # file systems allow 255 bytes
-        name = f"{len(names)}-objects-{zlib.crc32(name.encode()):08x}"
+    drawing = plan(bench, names, config.seed, config.sampling)
     key = settings_key(0, bench, config.sampling)
     how = f"{folder_name(replace(config, seed=0, num_seeds=1))}-{key}"
-    path = folder / "prompt" / how / f"{name}_seed{config.seed}.png"
+    path = folder / "prompt" / how / f"{drawing.name}.png"
     if processes.is_main():
         save_image(images[-1], path)
+        write_json(path.with_suffix(".json"), to_dict(drawing))
         save_image(strip(images), path.with_name(f"{path.stem}_steps.png"))
         detected = (bench.judge.scores(images[-1:])[0] >= bench.judge.threshold).float()
         seen = ", ".join(decode_labels(detected, bench.checkpoint.objects)) or "nothing"
@@ -158,10 +162,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
 
     Of several processes only the first one writes and returns something.
     """
-    config = parse_args(TestConfig, argv)
+    config, drawing = parse_args(TestConfig, argv), None
+    if config.from_json is not None:
+        drawing = read_drawing(config.from_json)
+        again = TestConfig(
+            prompt=", ".join(drawing.objects), seed=drawing.seed, sampling=drawing.sampling
+        )
+        config = parse_args(TestConfig, argv, default=again)
     bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
     run_folder = config.output_dir / bench.run_name
     scale = config.sampling.guidance_scale
+    if drawing and (why := check_origin(drawing, bench, str(config.from_json))):
+        print(f"{config.from_json}: {why}", file=sys.stderr)
     if config.prompt is not None:
         if config.num_seeds > 1 or config.num_fd_samples:
             doubts.warn(["--prompt: draws one picture, whatever --num_seeds and --num_fd_samples"])

@@ -1,5 +1,6 @@
 """For people: pictures in grids and strips, charts of figures with their intervals."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 def to_image(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> a Pillow picture."""
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def to_png(image: Image.Image) -> bytes:
+    """What `save_image` writes to a file.png."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def save_image(image: Tensor | Image.Image, path: Path) -> None:
