@@ -1,0 +1,1 @@
+"""The page of src/app.py: what it shows of pictures, and how that looks."""

@@ -1,0 +1,167 @@
+"""What the page does when a control is used; one visitor's pictures never meet another's."""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from iclevr.dataset import parse_prompt
+from judging.bench import Bench
+from judging.drawing import (
+    Drawing,
+    Picture,
+    Shown,
+    check_origin,
+    draw_all,
+    plan,
+    read_drawing,
+    until_right,
+    with_steps,
+)
+from page.cards import FIELDS, cards, summary
+from runtime.settings import SamplingConfig, UserError, from_dict
+
+KINDS = ("guidance scales", "samplers")
+"""What can be set side by side."""
+MOST_STEPS, MOST_GUIDANCE, MOST_REPEATS, MOST_PICTURES = 100, 10, 8, 12
+"""Ends of the sliders; a file may hold more."""
+
+
+def sentence(error: UserError) -> str:
+    """The message in the page's words: settings have labels here, not flags."""
+    text = re.sub(
+        r"--(\w+)", lambda flag: FIELDS.get(flag[1], flag[1].replace("_", " ")), str(error)
+    )
+    return f'<div class="error" role="alert">{escape(text[0].upper() + text[1:])}</div>'
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one visitor has before him."""
+
+    drawings: tuple[Drawing, ...] = ()
+    shown: tuple[Picture | None, ...] = ()
+    """Of each drawing the picture, once it is drawn, or the one that was drawn in its place."""
+
+
+def in_the_page(handler: Callable[..., Iterator[tuple]]) -> Callable[..., Iterator[tuple]]:
+    """A handler of pictures, status and session, whose error ends in a sentence instead."""
+
+    @functools.wraps(handler)
+    def handled(*args: Any) -> Iterator[tuple]:
+        try:
+            yield from handler(*args)
+        except UserError as error:
+            yield gr.skip(), sentence(error), gr.skip()
+
+    return handled
+
+
+class Handlers:
+    """What the page does for whoever asks; network and judge are shared, and only read."""
+
+    def __init__(self, bench: Bench):
+        self.bench, self.objects = bench, bench.checkpoint.objects
+        self.noise = bench.checkpoint.config.noise
+
+    def settings(
+        self, prompt: str, base: SamplingConfig, sampler: str, steps: int, guidance: float,
+        repeats: int,
+    ) -> tuple[list[str], SamplingConfig]:  # fmt: skip
+        """Objects and settings that the controls ask for.
+
+        Args:
+            base: the settings that have no control; those of a file that was opened.
+        """
+        values = asdict(base) | {
+            "scheduler": sampler, "num_inference_steps": steps, "guidance_scale": guidance,
+            "resample": repeats,
+        }  # fmt: skip
+        return parse_prompt(prompt, self.objects), from_dict(SamplingConfig, values, source="")
+
+    def drawings(self, prompt: str, seed: int | None, count: int, *how: Any) -> list[Drawing]:
+        """What the controls ask for; picture i has the seed `seed` + i."""
+        names, sampling = self.settings(prompt, *how)
+        if seed is None:
+            raise UserError("seed: is empty; write a number from 0 on")
+        return [plan(self.bench, names, seed + i, sampling) for i in range(count)]
+
+    def show(
+        self, drawings: Sequence[Drawing], frames: Iterable[Shown], titles: Sequence[str] = ()
+    ) -> Iterator[tuple[str, str, Session]]:
+        """Pictures, status and session for every step of what is being drawn."""
+        for shown in frames:
+            done = tuple(what if isinstance(what, Picture) else None for what in shown)
+            session = Session(tuple(drawings), done)
+            yield cards(shown, self.objects, titles), summary(shown, titles), session
+
+    @in_the_page
+    def draw(self, session: Session, *controls: Any) -> Iterator[tuple]:
+        drawings = self.drawings(*controls)
+        yield from self.show(drawings, draw_all(self.bench, drawings))
+
+    @in_the_page
+    def keep(self, session: Session, *controls: Any) -> Iterator[tuple]:
+        """Draw until the judge agrees, from the pictures that are there if they are still meant."""
+        drawings = tuple(self.drawings(*controls))
+        if session.drawings != drawings or None in session.shown:
+            for frame in self.show(drawings, draw_all(self.bench, drawings)):
+                yield frame
+                session = frame[-1]
+        yield from self.show(drawings, until_right(self.bench, session.shown))
+
+    @in_the_page
+    def compare(
+        self, kind: str, scales: list[float], samplers: list[str], *controls: Any
+    ) -> Iterator[tuple]:
+        """One scene from the same noise with each guidance scale, or each sampler.
+
+        A sampler that can't take so many steps takes as many as it can; its title says how many.
+        """
+        prompt, seed, _, *how = controls
+        drawings = {}
+        for scale in scales if kind == KINDS[0] else ():
+            (drawing,) = self.drawings(prompt, seed, 1, *how[:3], scale, *how[4:])
+            drawings[f"guidance {scale:g}"] = drawing
+        for sampler in samplers if kind == KINDS[1] else ():
+            _, sampling = self.settings(prompt, how[0], sampler, *how[2:])
+            steps = with_steps(self.noise, sampling).num_inference_steps
+            (drawing,) = self.drawings(prompt, seed, 1, how[0], sampler, steps, *how[3:])
+            drawings[f"{sampler}, {steps} steps"] = drawing
+        if not drawings:
+            raise UserError("choose at least one to compare")
+        frames = draw_all(self.bench, [*drawings.values()])
+        yield from self.show([*drawings.values()], frames, [*drawings])
+
+    def open_file(self, path: str) -> Iterator[tuple]:
+        """Draw the picture of a JSON file, and set the controls to what it says: what `draw`
+        yields, and prompt, seed, count, base, sampler, steps, guidance and repeats."""
+        try:
+            drawing = read_drawing(Path(path))
+            note = check_origin(drawing, self.bench, Path(path).name)
+        except UserError as error:
+            text = str(error).replace(path, Path(path).name)
+            yield gr.skip(), sentence(UserError(text)), *[gr.skip()] * 9
+            return
+        base = drawing.sampling
+        steps, scale, repeats = base.num_inference_steps, base.guidance_scale, base.resample
+        controls = [", ".join(drawing.objects), drawing.seed, 1, base, base.scheduler]
+        controls += [
+            gr.Slider(value=steps, maximum=max(MOST_STEPS, steps)),
+            gr.Slider(value=scale, minimum=min(0, scale), maximum=max(MOST_GUIDANCE, scale)),
+            gr.Slider(value=repeats, maximum=max(MOST_REPEATS, repeats)),
+        ]
+        for html, text, session in self.show([drawing], draw_all(self.bench, [drawing])):
+            yield html, f"{text} {escape(note)}", session, *controls
+
+    def names(self, prompt: str) -> list[str] | Any:
+        """What a prompt names, for the picker; as it is while the prompt is being written."""
+        try:
+            return parse_prompt(prompt, self.objects) if prompt.strip() else []
+        except UserError:
+            return gr.skip()

@@ -1,0 +1,169 @@
+"""What the page shows, without a browser."""
+
+import base64
+import json
+import re
+
+import pytest
+import torch
+from conftest import error_of
+
+import app
+import test
+from judging.bench import open_bench
+from judging.drawing import Picture, plan
+from judging.evaluator import judge_scores
+from network.checkpoint import PRETRAINED
+from page.cards import cards, picker, summary
+from page.handlers import Handlers, Session
+from page.results import last_results
+from runtime.settings import DataConfig, SamplingConfig, to_dict
+
+NAMES = ["red sphere", "cyan cube"]
+DDIM = SamplingConfig(scheduler="ddim", num_inference_steps=5)
+CONTROLS = (", ".join(NAMES), 3, 2, DDIM, "ddim", 5, 3.0, 1)
+
+
+@pytest.fixture(scope="module")
+def handlers(trained):
+    data, _, path = trained
+    return Handlers(open_bench(path, DataConfig(data_dir=data), "cpu"))
+
+
+def picture_of(handlers, found, **more):
+    """A picture of NAMES in which the judge finds these objects."""
+    index = handlers.objects
+    labels, scores = torch.zeros(1, 24), torch.full((1, 24), 0.02)
+    labels[0, [index[name] for name in NAMES]] = 1
+    scores[0, [index[name] for name in found]] = 0.97
+    found = judge_scores(scores, labels, 0.5, index)
+    drawing = plan(handlers.bench, NAMES, 3, DDIM)
+    return Picture(drawing, torch.zeros(3, 16, 16), scores[0], found, **more)
+
+
+def test_right_and_wrong_are_marked(handlers):
+    html = cards([picture_of(handlers, ["cyan cube", "gray cube"])], handlers.objects)
+    assert 'class="card wrong"' in html and "1 missing, 1 extra" in html
+    rows = re.findall(r'<li class="(\w+)".*?</i>(.*?)<b>(.*?)</b>', html)
+    assert rows == [("right", "cyan cube", "0.97"), ("missing", "red sphere", "0.02"),
+                    ("extra", "gray cube", "0.97")]  # fmt: skip
+    assert "nearest" not in html
+    near = {"nearest": torch.ones(3, 64, 64), "rms": 7.25, "tries": 3}
+    picture = picture_of(handlers, NAMES, **near)
+    html = cards([picture], handlers.objects)
+    assert 'class="card right"' in html and "right after 3 draws" in html
+    assert "nearest training picture, 7.2 of 255 levels away" in html
+    assert "<b>1 of 1</b> right, after 3 draws. Chosen by the judge" in summary([picture])
+
+
+def test_files_come_with_the_last_picture(handlers):
+    picture = picture_of(handlers, NAMES)
+    assert "download" not in cards([picture, None], handlers.objects)
+    html = cards([picture], handlers.objects)
+    files = dict(re.findall(r'download="(.*?)" href="data:.*?;base64,(.*?)"', html))
+    assert list(files) == [
+        f"red-sphere_cyan-cube_seed3{end}" for end in (".png", "_512.png", ".json")
+    ]
+    described = json.loads(base64.b64decode(files["red-sphere_cyan-cube_seed3.json"]))
+    assert described == to_dict(picture.drawing)
+
+
+def test_unknown_objects_are_chosen_by_their_names():
+    html = picker({"red cube": 0, "<b> 'ball'": 1})
+    assert ">&lt;b&gt; &#x27;ball&#x27;</button>" in html and "<b>" not in html
+    assert 'data-name="red cube"' in html and ">red cube<" not in html
+
+
+def test_bad_input_ends_in_a_sentence(handlers):
+    for change, words in (
+        ({0: "red ball"}, "Scene &#x27;red ball&#x27;: unknown object"),
+        ({0: ""}, "an empty name"),
+        ({1: None}, "Seed: is empty"),
+        ({1: -5}, "seed -5"),
+        ({5: 7}, "Steps 7: does not divide the 20 trained timesteps"),
+        ({4: "dpmpp", 7: 2}, "Repeats 2: dpmpp"),
+        ({6: None}, "Guidance None"),
+    ):
+        controls = [change.get(i, value) for i, value in enumerate(CONTROLS)]
+        for handler in (handlers.draw, handlers.keep):
+            ((_, text, _),) = handler(Session(), *controls)
+            assert 'role="alert"' in text and words.lower() in text.lower()
+    ((_, text, _),) = handlers.compare("samplers", [], [], *CONTROLS)
+    assert "Choose at least one" in text
+
+
+def test_a_bad_file_ends_in_a_sentence(handlers, tmp_path):
+    path = tmp_path / "picture.json"
+    path.write_text("{")
+    ((_, text, *_),) = handlers.open_file(str(path))
+    assert "Picture.json: not valid JSON" in text and str(tmp_path) not in text
+
+
+def test_a_file_sets_the_controls_and_what_has_none(handlers, tmp_path):
+    sampling = SamplingConfig(scheduler="ddim", num_inference_steps=5, eta=0.5, guidance_scale=-20)
+    drawing = plan(handlers.bench, NAMES, 9, sampling)
+    (tmp_path / "p.json").write_text(json.dumps(to_dict(drawing)))
+    *_, (_, text, session, *controls) = handlers.open_file(str(tmp_path / "p.json"))
+    assert "guidance -20, eta 0.5" in text
+    assert session.drawings == (drawing,)
+    values = [getattr(control, "value", control) for control in controls]
+    assert handlers.drawings(*values) == [drawing]
+    assert controls[6].minimum == -20
+
+
+def test_side_by_side_begins_with_the_same_noise(handlers):
+    frames = [*handlers.compare("guidance scales", [1, 2.5], [], *CONTROLS)]
+    html, _, session = frames[-1]
+    assert re.findall("<h3>(.*?)</h3>", html) == ["guidance 1", "guidance 2.5"]
+    assert {d.seed for d in session.drawings} == {3}
+    controls = [*CONTROLS[:4], "ddpm", 7, 3.0, 1]
+    *_, (html, _, _) = handlers.compare("samplers", [], ["ddpm", "ddim"], *controls)
+    assert re.findall("<h3>(.*?)</h3>", html) == ["ddpm, 5 steps", "ddim, 5 steps"]
+
+
+def test_keeping_what_is_right_begins_with_what_is_there(handlers, monkeypatch):
+    *_, (_, _, session) = handlers.draw(Session(), *CONTROLS)
+    monkeypatch.setattr("judging.drawing.TRIES", 2)
+    real, drawn = handlers.bench.watch, []
+
+    def watch(*args):
+        drawn.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(type(handlers.bench), "watch", lambda _, *args: watch(*args))
+    wrong = sum(not picture.right for picture in session.shown)
+    [*handlers.keep(session, *CONTROLS)]
+    assert len(drawn) == wrong
+    drawn.clear()
+    [*handlers.keep(session, CONTROLS[0], 50, *CONTROLS[2:])]  # another seed: others are meant
+    assert len(drawn) >= 2
+
+
+def test_results_or_the_command_that_makes_them(trained, handlers, tmp_path):
+    data, _, path = trained
+    config = DataConfig(data_dir=data)
+    words, charts, sweep, _ = last_results(handlers.bench, path, config, tmp_path)
+    flags = f"--ckpt_path {path} --data_dir {data} --output_dir {tmp_path} --scheduler dpmpp"
+    assert f"python src/test.py {flags}" in words and not charts
+    assert f"python src/guidance_scale.py {flags}" in sweep
+    test.main([*flags.split(), "--device", "cpu", "--wandb", "disabled"])
+    words, charts, sweep, _ = last_results(handlers.bench, path, config, tmp_path)
+    assert "exact_sets" in words and "dpmpp9-guidance3" in words
+    assert re.findall('figure class="(.*?)"', charts) == [
+        "test_grid", "new_test_grid", "confusion", "nearest", "denoising",
+    ]  # fmt: skip
+    assert "None yet" in sweep
+    of_pretrained = last_results(handlers.bench, PRETRAINED, DataConfig(), app.AppConfig.output_dir)
+    assert "python src/test.py --scheduler dpmpp\n" in of_pretrained[0]
+
+
+def test_a_port_that_is_taken(handlers, trained):
+    import socket
+
+    data, _, path = trained
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        argv = ["--ckpt_path", path, "--data_dir", data, "--device", "cpu", "--port", port]
+        assert f"--port {port}: taken" in error_of(app.serve, argv)
