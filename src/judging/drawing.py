@@ -50,7 +50,7 @@ class Drawing(Settings):
     def name(self) -> str:
         """Of its files."""
         name = "_".join(self.objects).replace(" ", "-")
-        if len(name) > 150:  # file systems allow 255 bytes
+        if len(name.encode()) > 150:  # file systems allow 255 bytes
             name = f"{len(self.objects)}-objects-{zlib.crc32(name.encode()):08x}"
         return f"{name}_seed{self.seed}"
 
