@@ -88,7 +88,7 @@ def draw_denoising(bench: Bench, config: TestConfig, path: Path) -> None:
 
 
 def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
-    """Draw the scene of --prompt and say what the judge sees in it."""
+    """Draw the scene of --prompt and say what the judge, if there is one, sees in it."""
     names = parse_prompt(config.prompt, bench.checkpoint.objects)
     images = draw_strip(bench, config.sampling, names, config.seed)
     drawing = plan(bench, names, config.seed, config.sampling)
@@ -99,10 +99,13 @@ def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
         save_image(images[-1], path)
         write_json(path.with_suffix(".json"), to_dict(drawing))
         save_image(strip(images), path.with_name(f"{path.stem}_steps.png"))
+        print(f"asked for: {', '.join(names)}\n{path}")
+        if bench.judge is None:
+            return path
         detected = (bench.judge.scores(images[-1:])[0] >= bench.judge.threshold).float()
         seen = ", ".join(decode_labels(detected, bench.checkpoint.objects)) or "nothing"
         judge = bench.judge_name(config.sampling)
-        print(f"asked for: {', '.join(names)}\njudge ({judge}) sees: {seen}\n{path}")
+        print(f"judge ({judge}) sees: {seen}")
         if set(seen.split(", ")) != set(names):
             print(f"not the same; --seed {config.seed + 1} draws another picture")
     return path
@@ -169,7 +172,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
             prompt=", ".join(drawing.objects), seed=drawing.seed, sampling=drawing.sampling
         )
         config = parse_args(TestConfig, argv, default=again)
-    bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
+    guided = config.sampling.classifier_guidance_scale
+    bench = open_bench(
+        config.ckpt_path, config.data, config.device, config.judge,
+        needs_judge=config.prompt is None or guided > 0,
+    )  # fmt: skip
     run_folder = config.output_dir / bench.run_name
     scale = config.sampling.guidance_scale
     if drawing and (why := check_origin(drawing, bench, str(config.from_json))):

@@ -22,7 +22,7 @@ from iclevr.dataset import DataPaths, find_data, get_dataloader, read_conditions
 from judging.evaluator import Evaluator, load_evaluator
 from network.model import DiffusionModel, summary
 from runtime import processes
-from runtime.device import pick_device
+from runtime.device import pick_device, warn_of_launcher
 from runtime.files import check_folder, make_folder
 from runtime.settings import TrainConfig, UserError, run
 from training.preview import Preview, preview_sampling
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         return None
     run_dir, latest = config.run_dir, latest_checkpoint(config.run_dir)
     device = pick_device(config.device)
+    warn_of_launcher(config.mixed_precision)
 
     # All that is quick to find out comes first, then the pictures.
     paths = find_data(config.data)

@@ -28,7 +28,7 @@ from judging.disturb import disturb
 from judging.evaluator import IMAGE_SIZE, Evaluator, build_evaluator, calibrate, evaluate
 from judging.intervals import Interval, proportion_interval
 from network.checkpoint import load_weights, read_tensors, save_tensors
-from runtime.device import autocast, autocast_dtype, pick_device
+from runtime.device import autocast, autocast_dtype, pick_device, warn_of_launcher
 from runtime.files import make_folder
 from runtime.output import progress_bar
 from runtime.settings import (
@@ -206,6 +206,7 @@ def main(argv: list[str] | None = None) -> dict:
     if config.name is None and config.seed:
         name += f", seed {config.seed}"
     device = pick_device(config.device)
+    warn_of_launcher(config.mixed_precision)
     dataset = IclevrDataset(
         paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir, paths.follow_links
     )

@@ -23,7 +23,7 @@ from judging.realism import Reference, draw_conditions, frechet_distance, load_r
 from network.checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_model
 from network.model import DiffusionModel
 from runtime import processes
-from runtime.device import autocast_dtype, pick_device
+from runtime.device import autocast_dtype, pick_device, warn_of_launcher
 from runtime.files import append, check_folder
 from runtime.output import progress_bar
 from runtime.seeds import picture_seeds
@@ -76,9 +76,9 @@ class Bench:
     blob: str
     """git's hash of the checkpoint."""
     model: DiffusionModel
-    judge: Evaluator
-    """Scores: the one of --judge, else of --evaluator."""
-    guide: Evaluator
+    judge: Evaluator | None
+    """Scores: the one of --judge, else of --evaluator; None only where it is not needed."""
+    guide: Evaluator | None
     """The one of --evaluator, whose gradient is followed when asked for."""
     labels: dict[str, Tensor]
     """Split -> (32, number of objects) multi-hot conditions."""
@@ -130,12 +130,17 @@ class Bench:
 
 
 def open_bench(
-    ckpt_path: Path, data: DataConfig, device_name: str | None, judge_path: Path | None = None
+    ckpt_path: Path,
+    data: DataConfig,
+    device_name: str | None,
+    judge_path: Path | None = None,
+    needs_judge: bool = True,
 ) -> Bench:
     """Load what testing needs, but for the training pictures: see `with_reference`.
 
     Args:
         judge_path: a second evaluator, which scores instead of the data's.
+        needs_judge: it is an error if there is no evaluator at all.
 
     Raises:
         UserError: anything missing, damaged, or made for other objects.
@@ -149,14 +154,17 @@ def open_bench(
             f"{paths.data_dir / 'objects.json'}: other objects, or another order, than "
             f"{ckpt_path} was trained with; use its data"
         )
-    guide = load_evaluator(paths.evaluator, objects, device)
+    guide = None
+    if paths.evaluator or needs_judge:
+        guide = load_evaluator(paths.evaluator, objects, device)
     judge = load_evaluator(judge_path, objects, device) if judge_path else guide
     labels = {split: read_conditions(paths.data_dir, split, objects)[1] for split in SPLITS}
     model = load_model(checkpoint, ckpt_path, device)
     pretrained = ckpt_path.resolve() == PRETRAINED.resolve()
     origin = "pretrained on the stand-in; " if pretrained else ""
     print(f"network: {origin}{checkpoint.config.run_name}, step {checkpoint.step}, {ckpt_path}")
-    print(f"judge: {judge.name}, threshold {judge.threshold:.2f}, {judge.path}")
+    of_judge = f"{judge.name}, threshold {judge.threshold:.2f}, {judge.path}" if judge else "none"
+    print(f"judge: {of_judge}")
     return Bench(checkpoint, blob, model, judge, guide, labels, paths, reference=None)
 
 
@@ -191,6 +199,7 @@ def settle(
     """
     trained = bench.checkpoint.config
     steps = check_steps(trained.noise, config.sampling)
+    warn_of_launcher(config.sampling.mixed_precision)
     doubts.warn(doubts.of_sampling(config.sampling, scales))
     doubts.warn(doubts.of_guidance(trained, "guidance", scales))
     check_folder(config.output_dir / bench.run_name)
@@ -243,8 +252,8 @@ def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) ->
     """
     parts = {
         "checkpoint": bench.blob,
-        "judge": bench.judge.blob,
-        "guide": bench.guide.blob if bench.guide is not bench.judge else None,
+        "judge": bench.judge and bench.judge.blob,
+        "guide": bench.guide and bench.guide.blob if bench.guide is not bench.judge else None,
         "fd": num_fd_samples if bench.reference else 0,
         "training": bench.reference and bench.reference.key,
         "labels": {split: labels.tolist() for split, labels in bench.labels.items()},

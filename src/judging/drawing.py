@@ -132,10 +132,10 @@ def check_origin(drawing: Drawing, bench: Bench, source: str) -> str:
     Raises:
         UserError: it was drawn by another network, or guided by another judge.
     """
-    for what, flag, there, here in (
-        ("network", "--ckpt_path", drawing.checkpoint, bench.blob),
-        ("judge", "--evaluator", drawing.guide or bench.guide.blob, bench.guide.blob),
-    ):
+    origins = [("network", "--ckpt_path", drawing.checkpoint, bench.blob)]
+    if drawing.guide:
+        origins.append(("judge", "--evaluator", drawing.guide, bench.guide.blob))
+    for what, flag, there, here in origins:
         if there != here:
             raise UserError(
                 f"{source}: drawn with another {what}, whose file has git's hash {there[:10]} and "

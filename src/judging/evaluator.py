@@ -210,8 +210,27 @@ def evaluate(evaluator: Evaluator, images: Tensor, labels: Tensor) -> Evaluation
     Args:
         images: (N, 3, H, W) in [-1, 1], of any size.
         labels: (N, K) multi-hot.
+
+    Raises:
+        ValueError: the pictures are in another range.
     """
+    check_range(images)
     return judge_scores(evaluator.scores(images), labels, evaluator.threshold, evaluator.objects)
+
+
+def check_range(images: Tensor) -> None:
+    """Pictures in [0, 1] or [0, 255] get figures that look plausible and mean nothing.
+
+    Every single picture of a scene has pixels darker than mid gray, which are below 0 in [-1, 1]
+    (its ground has shadows), and so has noise. Pictures of one colour, as a failing network may
+    draw them, are left alone whatever the colour; a little beyond 1 is what resizing does.
+
+    Raises:
+        ValueError: they can't be in [-1, 1].
+    """
+    low, high = images.min().item(), images.max().item()
+    if not (low >= -1.1 and high <= 1.1) or (low >= 0 and high - low > 0.3):
+        raise ValueError(f"pictures in [{low:.3g}, {high:.3g}], not in [-1, 1]; see normalize")
 
 
 def judge_scores(

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import sys
 
 import torch
@@ -74,6 +75,17 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
             native = torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bf16" if native else "no"
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def warn_of_launcher(precision: Precision) -> None:
+    """Say so where `accelerate launch` was told another number format: nothing here reads it."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" is what it sets untold, too
+    if told not in ("no", precision) and processes.is_main():
+        print(
+            f"warning: --mixed_precision {told} of accelerate launch is not taken, but the "
+            f"script's own: {precision}; put such flags behind the script's name",
+            file=sys.stderr,
+        )
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

@@ -14,6 +14,7 @@ from PIL import Image
 import guidance_scale
 import test
 import train_evaluator
+from iclevr import dataset
 from iclevr.dataset import SHIPPED_EVALUATOR
 from judging.evaluator import evaluate
 from network.checkpoint import load_checkpoint, save_checkpoint
@@ -231,6 +232,22 @@ def test_prompt_draws_one_scene(trained, tmp_path, capsys):
     picture = test.main([str(a) for a in [*argv, "--prompt", everything, *more]])
     assert picture.name.startswith("24-objects-") and picture.exists()
     assert "unknown object 'red ball'" in error_of(test.main, [*argv, "--prompt", "red ball"])
+
+
+def test_a_prompt_needs_no_judge(trained, tmp_path, monkeypatch, capsys):
+    data, _, path = trained
+    monkeypatch.setattr(dataset, "SHIPPED_EVALUATOR", tmp_path / "none")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("*.pth", ".cache"))
+    argv = ["--ckpt_path", path, "--data_dir", tmp_path / "data", "--output_dir", tmp_path,
+            "--device", "cpu", "--scheduler", "ddim", "--num_inference_steps", 5]  # fmt: skip
+    prompt = [*argv, "--prompt", "red cube"]
+    assert test.main([str(a) for a in prompt]).exists()
+    out, error = capsys.readouterr()
+    assert "judge: none" in out and "sees" not in out
+    assert "--mixed_precision fp8 of accelerate launch is not taken" in error
+    for more in (argv, [*prompt, "--classifier_guidance_scale", 1]):
+        assert "no evaluator in the data folder" in error_of(test.main, more)
 
 
 def test_checkpoint_of_other_objects_is_refused(trained, tmp_path):

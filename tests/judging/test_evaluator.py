@@ -10,6 +10,8 @@ from conftest import OBJECTS, error_of
 
 import train_evaluator
 from iclevr import dataset
+from iclevr.placement import sample_sequence
+from iclevr.ray_tracer import render_picture
 from judging.disturb import disturb
 from judging.evaluator import (
     COURSE_BLOB,
@@ -84,6 +86,25 @@ def test_evaluate_resizes_and_counts(size):
     result = evaluate(judge, images, labels)
     assert result.correct.tolist() == [1, 1, 0] and result.total.tolist() == [1, 1, 1]
     assert result.accuracy == pytest.approx(2 / 3)
+
+
+def test_pictures_in_another_range_are_refused():
+    judge = Evaluator(_Fixed(), "fixed", None, OBJECTS)
+    labels = torch.eye(24)[:2]
+    pictures = render_picture(sample_sequence(0, 0), 1, 64, 64, 4)
+    real = (
+        dataset.normalize(torch.from_numpy(pictures)).permute(2, 0, 1)[None].expand(2, -1, -1, -1)
+    )
+    g = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 3, 64, 64, generator=g) * 2 - 1
+    white = torch.ones(2, 3, 64, 64)
+    for images in (real, noise, noise.sign(), white, white * 0, white * 0.5 + noise * 0.1, -white,
+                   real * 1.05, noise * 1e-3):  # fmt: skip
+        evaluate(judge, images, labels)
+    for images in (real / 2 + 0.5, (real / 2 + 0.5) * 255, noise / 2 + 0.5, real * 8, white * 255,
+                   real / 0.5 - 1, noise * torch.nan):  # fmt: skip
+        with pytest.raises(ValueError, match="not in"):
+            evaluate(judge, images, labels)
 
 
 def test_course_file_is_recognised_by_its_hash(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from scipy import stats
 
 from judging.intervals import accuracy_interval, mean_interval, proportion_interval
 from runtime.command_line import _first_paragraph
-from runtime.device import autocast_dtype, pick_device
+from runtime.device import autocast_dtype, pick_device, warn_of_launcher
 from runtime.files import atomic_write, check_folder, read_json, write_json
 from runtime.settings import (
     ModelConfig,
@@ -264,6 +264,18 @@ def test_devices():
 def test_bfloat16_is_chosen_where_it_is_faster(has, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert autocast_dtype("auto", torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize(("told", "said"), [("fp16", True), ("fp8", True), ("no", False),
+                                            ("bf16", False), (None, False)])  # fmt: skip
+def test_a_number_format_told_to_the_launcher_is_not_ignored_in_silence(
+    told, said, monkeypatch, capsys
+):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if told:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    warn_of_launcher("bf16")
+    assert (f"warning: --mixed_precision {told} of accelerate" in capsys.readouterr().err) is said
 
 
 PAGE_FAULTS = """
