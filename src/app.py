@@ -112,7 +112,10 @@ def left_side(handlers: Handlers) -> Controls:
     file = gr.UploadButton("Open a picture's JSON", file_types=[".json"], size="sm", elem_id="open")
     base = gr.State(usual)
     pick.input(None, pick, prompt, js="(names) => names.join(', ')")
-    prompt.change(handlers.names, prompt, pick, show_progress="hidden", queue=False)
+    prompt.input(
+        handlers.names, prompt, pick, show_progress="hidden", queue=False,
+        trigger_mode="always_last",
+    )  # fmt: skip
     return Controls(pick, prompt, seed, count, base, sampler, steps, guidance, repeats, file)
 
 
@@ -140,7 +143,10 @@ def draw_tab(handlers: Handlers, controls: Controls) -> None:
             again_seed.then(handlers.draw, inputs, shown, **hidden),
             keep.click(handlers.keep, inputs, shown, **hidden),
             controls.file.upload(
-                handlers.open_file, controls.file, [*shown, *controls.all], **hidden
+                handlers.open_file,
+                controls.file,
+                [*shown, controls.picker, *controls.all],
+                **hidden,
             ),
         ],
     )

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -140,17 +140,19 @@ class Handlers:
 
     def open_file(self, path: str) -> Iterator[tuple]:
         """Draw the picture of a JSON file, and set the controls to what it says: what `draw`
-        yields, and prompt, seed, count, base, sampler, steps, guidance and repeats."""
+        yields, and picker, prompt, seed, count, base, sampler, steps, guidance and repeats."""
         try:
             drawing = read_drawing(Path(path))
             note = check_origin(drawing, self.bench, Path(path).name)
         except UserError as error:
             text = str(error).replace(path, Path(path).name)
-            yield gr.skip(), sentence(UserError(text)), *[gr.skip()] * 9
+            yield gr.skip(), sentence(UserError(text)), *[gr.skip()] * 10
             return
-        base = drawing.sampling
+        base = with_steps(self.noise, drawing.sampling)
+        drawing = replace(drawing, sampling=base)
         steps, scale, repeats = base.num_inference_steps, base.guidance_scale, base.resample
-        controls = [", ".join(drawing.objects), drawing.seed, 1, base, base.scheduler]
+        names = [*drawing.objects]
+        controls = [names, ", ".join(names), drawing.seed, 1, base, base.scheduler]
         controls += [
             gr.Slider(value=steps, maximum=max(MOST_STEPS, steps)),
             gr.Slider(value=scale, minimum=min(0, scale), maximum=max(MOST_GUIDANCE, scale)),

@@ -103,9 +103,9 @@ def test_a_file_sets_the_controls_and_what_has_none(handlers, tmp_path):
     sampling = SamplingConfig(scheduler="ddim", num_inference_steps=5, eta=0.5, guidance_scale=-20)
     drawing = plan(handlers.bench, NAMES, 9, sampling)
     (tmp_path / "p.json").write_text(json.dumps(to_dict(drawing)))
-    *_, (_, text, session, *controls) = handlers.open_file(str(tmp_path / "p.json"))
+    *_, (_, text, session, names, *controls) = handlers.open_file(str(tmp_path / "p.json"))
     assert "guidance -20, eta 0.5" in text
-    assert session.drawings == (drawing,)
+    assert session.drawings == (drawing,) and names == NAMES
     values = [getattr(control, "value", control) for control in controls]
     assert handlers.drawings(*values) == [drawing]
     assert controls[6].minimum == -20
