@@ -3,7 +3,6 @@
 Every benchmark imports from here first: this module puts src/ on the path.
 """
 
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from iclevr.dataset import SPLITS
 from judging import metrics
 from judging.bench import Draw
+from runtime.provenance import machine as machine  # for all benchmarks
 from runtime.settings import ModelConfig
 
 
@@ -40,24 +40,6 @@ def shares(draws: Sequence[Draw], figure: str) -> np.ndarray:
                  for s, r in draw.records.items()}  # fmt: skip
         values.append(np.mean([sum(draw.records[s][key]) / whole[s] for s in SPLITS]))
     return np.array(values)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where figures were measured, JSON-able."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        has = torch.cpu.get_capabilities()
-        name = has.get("cpu_name") or platform.processor() or platform.machine()
-        bf16 = [kind for kind in ("avx512_bf16", "amx_bf16", "bf16") if has.get(kind)]
-        name += f" ({', '.join(bf16) or 'no bf16 instructions'})"
-    return {
-        "device": f"{device.type}, {name}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
 
 
 def describe(where: dict[str, Any]) -> str:

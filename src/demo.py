@@ -1,4 +1,4 @@
-"""The whole job on a machine with nothing but Python: data, training, test, sweep.
+"""The whole job on a machine with nothing but Python: data, training, test, sweep, report.
 
     python src/demo.py                 # 12 minutes on 2 CPU cores
     python src/demo.py --quick         # the same stages in miniature, to see that they work
@@ -18,8 +18,10 @@ from types import ModuleType
 
 import guidance_scale
 import render_iclevr
+import report
 import test
 import train
+from network.checkpoint import PRETRAINED
 from runtime.files import read_json, write_json
 from runtime.settings import ROOT, Settings, UserError, parse_args, run
 from training.resume import latest_checkpoint
@@ -46,8 +48,8 @@ class DemoConfig(Settings):
     """Data, run and results go to folders in here."""
 
 
-def stage(script: ModuleType, flags: str, report: Path, done: bool = False) -> None:
-    """Run `script` unless it has been done before, and note in `report` how long it took."""
+def stage(script: ModuleType, flags: str, notes: Path, done: bool = False) -> None:
+    """Run `script` unless it has been done before, and note in `notes` how long it took."""
     print(f"\n$ python src/{script.__name__}.py {flags}", flush=True)
     if done:
         print("done before, skipped")
@@ -58,10 +60,10 @@ def stage(script: ModuleType, flags: str, report: Path, done: bool = False) -> N
     except (SystemExit, KeyboardInterrupt):
         print("the demo goes on from here when it is started again", file=sys.stderr)
         raise
-    seconds = read_json(report)["seconds"] if report.exists() else {}
+    seconds = read_json(notes)["seconds"] if notes.exists() else {}
     # A run that only went on from an earlier one took less: the longest counts.
     longest = max(time.perf_counter() - since, seconds.get(script.__name__, 0))
-    write_json(report, {"seconds": seconds | {script.__name__: round(longest, 1)}})
+    write_json(notes, {"seconds": seconds | {script.__name__: round(longest, 1)}})
 
 
 def show_pretrained(output: Path) -> None:
@@ -71,7 +73,14 @@ def show_pretrained(output: Path) -> None:
     more = "--num_seeds 4 --num_fd_samples 0 --wandb disabled"
     print(f"\n$ python src/test.py {flags} {more}", flush=True)
     test.main(shlex.split(f"{flags} {more}"))
+    show(f"--ckpt_path {quoted(PRETRAINED)} --output_dir {quoted(output)}")
     print(f'try: python src/test.py {flags} --prompt "red sphere, cyan cube"')
+
+
+def show(flags: str) -> None:
+    """Everything in one file."""
+    print(f"\n$ python src/report.py {flags}", flush=True)
+    report.main(shlex.split(flags))
 
 
 def quoted(path: Path) -> str:
@@ -91,27 +100,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = QUICK if config.quick else FULL
     name = "demo-quick" if config.quick else "demo"
     run_dir, result = config.output_dir / name, config.output_dir / "result" / name
-    data, report = run_dir / "data", run_dir / "demo.json"
+    data, notes = run_dir / "data", run_dir / "demo.json"
 
     flags = f"--num_sequences {size['sequences']} --out_dir {quoted(data)}"
-    stage(render_iclevr, flags, report, done=(data / "train.json").exists())
+    stage(render_iclevr, flags, notes, done=(data / "train.json").exists())
     flags = (
         f"--run_name {name} --output_dir {quoted(config.output_dir)} --data_dir {quoted(data)} "
         f"--max_train_steps {size['steps']} --save_interval 1 --sample_interval 2 "
         "--preview_steps 25 --wandb offline --recipe small --resume auto"
     )
-    stage(train, flags, report)
+    stage(train, flags, notes)
     common = (
         f"--ckpt_path {quoted(latest_checkpoint(run_dir))} --data_dir {quoted(data)} "
         f"--wandb offline --num_fd_samples {size['fd']}"
     )
     flags = f"{common} --output_dir {quoted(result.parent)}"
     # Always: test and sweep keep their own draws, and make only those that are missing.
-    stage(test, f"{flags} {SAMPLING} --num_seeds {size['seeds']}", report)
-    stage(guidance_scale, f"{flags} {SAMPLER} {size['sweep']}", report)
+    stage(test, f"{flags} {SAMPLING} --num_seeds {size['seeds']}", notes)
+    stage(guidance_scale, f"{flags} {SAMPLER} {size['sweep']}", notes)
+    show(f"--run_name {name} --output_dir {quoted(config.output_dir)}")
 
     print("\nstage              seconds")
-    for script, seconds in read_json(report)["seconds"].items():
+    for script, seconds in read_json(notes)["seconds"].items():
         print(f"{script:<18}{seconds:>8.0f}")
     print((result / "accuracies.md").read_text(encoding="utf-8"))
     print(f"pictures: {newest(result, '*/accuracies.json').parent}")

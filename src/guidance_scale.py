@@ -22,17 +22,19 @@ from judging.bench import (
     draw_missing,
     draw_splits,
     open_bench,
+    origin,
     settings_key,
     settle,
     split_records,
 )
-from judging.figures import panels, plot_intervals, save_figure, save_text
+from judging.figures import save_figure, save_text
 from judging.intervals import Interval
-from judging.metrics import COUNTS, SHARES, markdown
+from judging.metrics import COUNTS, markdown
 from judging.realism import frechet_floor
-from judging.sweep import intervals, summarise_sweep, verdict
+from judging.sweep import cells, summarise_sweep, sweep_chart, verdict
 from runtime import processes
 from runtime.files import atomic_write, make_folder, write_json
+from runtime.provenance import provenance
 from runtime.settings import (
     PositiveFloat,
     SamplerConfig,
@@ -86,17 +88,6 @@ def draw_once(bench: Bench, sampling: SamplingConfig, seed: int, num_fd_samples:
     return draw
 
 
-def cells(row: dict[str, Any]) -> dict[str, Interval]:
-    """What the tables show of a row: column -> interval."""
-    shown = {}
-    for figure in (*SHARES, *COUNTS):
-        name = figure.replace("_", " ") if figure in SHARES else figure
-        shown |= {f"{column} {name}": i for column, i in intervals(row, figure).items()}
-    if "frechet_distance" in row:
-        shown["Frechet distance"] = row["frechet_distance"]
-    return {name: Interval(**interval) for name, interval in shown.items()}
-
-
 def write_tables(
     rows: dict[float, dict[str, Interval]], title: str, text: str, folder: Path
 ) -> None:
@@ -114,27 +105,6 @@ def write_tables(
     lines = ([f"{scale:g}", *(shown[n] for n in names)] for scale, shown in rows.items())
     table = markdown(["guidance scale", *names], lines, num_texts=0)
     save_text(f"{title}\n\n{table}\n\n{text}", folder / "sweep.md")
-
-
-def draw_chart(report: dict[str, Any], title: str, path: Path) -> None:
-    """Accuracy, exact sets and Frechet distance over the scale, with intervals; best marked."""
-    rows, best = report["rows"], report["best"]
-    scales = [row["guidance_scale"] for row in rows]
-    colors = {"test": "tab:blue", "new_test": "tab:orange"}
-    figure, axes_of = panels(list(best), title, "guidance scale")
-    for name, axes in axes_of.items():
-        for column in intervals(rows[0], name):
-            curve = [intervals(row, name)[column] for row in rows]
-            label = None if column == "all" else column
-            plot_intervals(axes, scales, curve, color=colors.get(column, "black"), label=label)
-        top = best[name]["scale"]
-        mean = curve[scales.index(top)]["mean"]  # of both splits, the last curve
-        axes.plot(top, mean, "*", color="tab:red", markersize=15, label=f"best: {top:g}")
-        if name == "frechet_distance":
-            floor = report["frechet_distance_of_training_pictures"]
-            axes.axhline(floor, color="gray", linestyle="--", label="as many training pictures")
-        axes.legend(fontsize=8)
-    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -156,20 +126,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         to_dict(config),
     )  # fmt: skip
 
+    count = config.num_fd_samples
+    wanted = [(scale, seed) for scale in scales for seed in seeds]
     draws = draw_missing(
         folder / "draws.jsonl",
-        [(scale, seed) for scale in scales for seed in seeds],
-        lambda scale, seed: draw_once(
-            bench, replace(alike, guidance_scale=scale), seed, config.num_fd_samples
-        ),
+        wanted,
+        lambda scale, seed: draw_once(bench, replace(alike, guidance_scale=scale), seed, count),
+        provenance(__file__, argv, bench.device),
     )
     if not processes.is_main():
         return {}
 
     summary = summarise_sweep(draws, scales, seeds)
-    floor = None
-    if count := config.num_fd_samples:
-        floor = frechet_floor(bench.reference, count, config.seed)
+    floor = frechet_floor(bench.reference, count, config.seed) if count else None
     report = {
         "checkpoint": str(config.ckpt_path),
         "settings": key,
@@ -181,13 +150,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "seeds": seeds,
         "verdict": verdict(summary),
         **summary,
+        **origin(bench, [draws[which] for which in wanted]),
     }
     write_json(folder / "sweep.json", report)
     title = f"{bench.run_name}: {sampler.scheduler}, {sampler.num_inference_steps} steps, "
     title += f"judge: {report['judge']}"
     rows = {row["guidance_scale"]: cells(row) for row in report["rows"]}
     write_tables(rows, title, report["verdict"], folder)
-    draw_chart(report, title, folder / "sweep.png")
+    save_figure(sweep_chart(report, title), folder / "sweep.png")
 
     data = [[scale, *(shown.mean for shown in row.values())] for scale, row in rows.items()]
     columns = ["guidance_scale", *rows[scales[0]]]

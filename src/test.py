@@ -37,12 +37,13 @@ from judging.bench import (
 )
 from judging.drawing import check_origin, plan, read_drawing
 from judging.evaluator import IMAGE_SIZE, evaluate
-from judging.figures import confusion_chart, grid, pairs, save_image, save_text, strip
+from judging.figures import confusion_chart, grid, pairs, save_figure, save_image, save_text, strip
 from judging.metrics import record
 from judging.realism import frechet_floor, nearest
 from judging.report import comparison, in_words, sum_up
 from runtime import processes
 from runtime.files import make_folder, write_json
+from runtime.provenance import provenance
 from runtime.seeds import picture_seeds
 from runtime.settings import SamplingConfig, parse_args, run, to_dict
 from runtime.tracking import Tracker
@@ -128,6 +129,11 @@ def draw_seed(bench: Bench, config: TestConfig, folder: Path, seed: int) -> Draw
         if processes.is_main():
             more["floor"] = frechet_floor(bench.reference, config.num_fd_samples, seed)
     if seed == config.seed and processes.is_main():
+        objects = bench.checkpoint.objects
+        more["seen"] = {
+            split: [decode_labels(row, objects) for row in result.detected]
+            for split, (_, result) in splits.items()
+        }
         for split, (images, _) in splits.items():
             for i, image in enumerate(resize(images, IMAGE_SIZE)):
                 save_image(image, folder / "images" / split / f"{i}.png")
@@ -202,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
         folder / "draws.jsonl",
         wanted,
         lambda _, seed: draw_seed(bench, config, folder, seed),
+        provenance(__file__, argv, bench.device),
         again=[] if complete else wanted[:1],  # someone has deleted its pictures
     )
     draw_denoising(bench, config, folder / "denoising.png")
@@ -213,9 +220,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     report = to_dict(found)
     write_json(folder / "accuracies.json", report)
     save_text(text, folder / "figures.md")
-    objects = sorted(bench.checkpoint.objects, key=bench.checkpoint.objects.__getitem__)
     title = f"{bench.run_name}, {name}, judge: {report['judge']}"
-    confusion_chart(torch.tensor(report["confusion"]), objects, title, folder / "confusion.png")
+    chart = confusion_chart(torch.tensor(report["confusion"]), report["objects"], title)
+    save_figure(chart, folder / "confusion.png")
     compared = comparison(run_folder)
     save_text(compared, run_folder / "accuracies.md")
 

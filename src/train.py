@@ -24,6 +24,7 @@ from network.model import DiffusionModel, summary
 from runtime import processes
 from runtime.device import pick_device, warn_of_launcher
 from runtime.files import check_folder, make_folder
+from runtime.provenance import provenance
 from runtime.settings import TrainConfig, UserError, run
 from training.preview import Preview, preview_sampling
 from training.resume import read_config
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         if processes.world_size() > 1:
             share = f"its share of {trainer.batch_size} pictures"
             print(f"processes: {processes.world_size()}, each with {share}")
+        trainer.note_start(provenance(__file__, argv, device))
         saved = trainer.train()
     print(f"saved {saved}\nnext: python src/test.py --ckpt_path {shlex.quote(str(saved))}")
     return saved

@@ -8,7 +8,10 @@ from functools import cache
 from pathlib import Path
 
 SRC = Path(__file__).resolve().parents[1] / "src"
-ROOMS = ("commands", "page", "training", "judging", "diffusion", "network", "iclevr", "runtime")
+ROOMS = (
+    "commands", "page", "reporting", "training", "judging", "diffusion", "network", "iclevr",
+    "runtime",
+)  # fmt: skip
 """From top to bottom: a room may import from itself and from those after it."""
 MODULES = {
     ".".join(path.relative_to(SRC).with_suffix("").parts): path

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -271,6 +271,8 @@ class Draw:
     frechet: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
     """What a script keeps beside, JSON-able."""
+    made_by: dict[str, Any] = field(default_factory=dict)
+    """`provenance`."""
 
 
 Draws = dict[tuple[float, int], Draw]
@@ -289,15 +291,27 @@ def read_draws(path: Path) -> Draws:
     for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             kept = json.loads(line)
-            draw = Draw(kept["records"], kept["frechet"], kept["more"])
+            draw = Draw(kept["records"], kept["frechet"], kept["more"], kept.get("made_by", {}))
             draws[kept["scale"], kept["seed"]] = draw
     return draws
+
+
+def origin(bench: Bench, draws: Iterable[Draw]) -> dict[str, Any]:
+    """Which checkpoint and which commands a report's draws come from, JSON-able."""
+    made_by = [draw.made_by for draw in draws if draw.made_by]
+    return {
+        "checkpoint_blob": bench.blob,
+        "epoch": bench.checkpoint.epoch,
+        "step": bench.checkpoint.step,
+        "made_by": [by for i, by in enumerate(made_by) if by not in made_by[:i]],
+    }
 
 
 def draw_missing(
     path: Path,
     wanted: Sequence[tuple[float, int]],
     draw: Callable[[float, int], Draw],
+    made_by: dict[str, Any],
     again: Collection[tuple[float, int]] = (),
 ) -> Draws:
     """The draws that a file keeps, with those that it lacks made and added one by one.
@@ -306,6 +320,7 @@ def draw_missing(
         path: draws.jsonl in the folder of the results.
         wanted: (guidance scale, seed) of each.
         draw: makes one of them, with all processes.
+        made_by: `provenance` of those that are made now.
         again: those to be made even though they are there.
     """
     draws = processes.from_main(read_draws(path))
@@ -314,7 +329,7 @@ def draw_missing(
         there = len(wanted) - len(todo)
         print(f"{there} of {len(wanted)} draws are there already: {path.parent}")
     for scale, seed in progress_bar(todo, shown=len(todo) > 1, desc="draws", unit="draw"):
-        draws[scale, seed] = draw(scale, seed)
+        draws[scale, seed] = replace(draw(scale, seed), made_by=made_by)
         if processes.is_main():
             line = json.dumps({"scale": scale, "seed": seed} | vars(draws[scale, seed]))
             append(path, f"\n{line}")  # the newline ends a line that a kill has cut short

@@ -51,17 +51,23 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def grid(images: Tensor, columns: int = 8, side: int = 128) -> Image.Image:
+SIDE, PADDING = 128, 2
+"""Pixels of a picture in a grid, and white ones around it."""
+COLORS = {"test": "tab:blue", "new_test": "tab:orange"}
+"""Of both splits in all charts."""
+
+
+def grid(images: Tensor, columns: int = 8, side: int = SIDE) -> Image.Image:
     """(N, 3, H, W) in [-1, 1] -> rows of `columns` pictures, each `side` pixels wide."""
-    return to_image(make_grid(resize(images, side), nrow=columns, padding=2, pad_value=1))
+    return to_image(make_grid(resize(images, side), nrow=columns, padding=PADDING, pad_value=1))
 
 
-def strip(images: Tensor, side: int = 128) -> Image.Image:
+def strip(images: Tensor, side: int = SIDE) -> Image.Image:
     """(K, 3, H, W) in [-1, 1] -> one row, for the way from noise to picture."""
     return grid(images, columns=len(images), side=side)
 
 
-def pairs(images: Tensor, others: Tensor, columns: int = 8, side: int = 128) -> Image.Image:
+def pairs(images: Tensor, others: Tensor, columns: int = 8, side: int = SIDE) -> Image.Image:
     """Two equally long sets (N, 3, H, W) in [-1, 1]: rows of one above rows of the other."""
     rows = []
     for start in range(0, len(images), columns):
@@ -72,7 +78,7 @@ def pairs(images: Tensor, others: Tensor, columns: int = 8, side: int = 128) -> 
     return grid(torch.cat(rows), columns, side)
 
 
-def confusion_chart(confusion: Tensor, names: Sequence[str], title: str, path: Path) -> None:
+def confusion_chart(confusion: Tensor, names: Sequence[str], title: str) -> plt.Figure:
     """Counts (K + 1, K + 1) as shares of their row: row asked for, column found, the last is
     nothing."""
     shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
@@ -88,7 +94,7 @@ def confusion_chart(confusion: Tensor, names: Sequence[str], title: str, path: P
     axes.set(xlabel="found", ylabel="asked for")
     axes.set_title(title, parse_math=False)  # a run's name may hold a $
     figure.colorbar(image, label="share of the row", shrink=0.7)
-    save_figure(figure, path)
+    return figure
 
 
 def panels(names: Sequence[str], title: str, xlabel: str) -> tuple[plt.Figure, dict[str, plt.Axes]]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from iclevr.dataset import SPLITS
-from judging.bench import Bench, BenchConfig, Draw, settings_key
+from diffusion.sampling import evaluations
+from iclevr.dataset import SPLITS, decode_labels
+from judging.bench import Bench, BenchConfig, Draw, origin, settings_key
 from judging.intervals import Interval, mean_interval
 from judging.metrics import SHARES, markdown, paired_difference, summarise, table
 from runtime.files import read_json
@@ -19,21 +20,25 @@ def sum_up(bench: Bench, config: BenchConfig, draws: list[Draw]) -> dict[str, An
     """The content of accuracies.json, with its intervals."""
     of_judge = {split: [draw.records[split] for draw in draws] for split in SPLITS}
     figures = {split: summarise(records) for split, records in of_judge.items()}
+    objects, first = bench.checkpoint.objects, draws[0].more
+    everything = torch.cat([bench.labels[split] for split in SPLITS])
     report = {
         "checkpoint": str(config.ckpt_path),
         "settings": settings_key(config.num_fd_samples, bench, config.sampling),
-        "epoch": bench.checkpoint.epoch,
-        "step": bench.checkpoint.step,
         "judge": bench.judge_name(config.sampling),
         "threshold": bench.judge.threshold,
         "sampling": to_dict(config.sampling),
+        "evaluations": evaluations(bench.checkpoint.config.noise, config.sampling, everything),
         "seed": config.seed,
         "num_seeds": len(draws),
         "records": of_judge,
         "accuracy": {split: figures[split]["accuracy"] for split in SPLITS},
         "figures": figures,
+        "objects": sorted(objects, key=objects.__getitem__),
+        "asked": {s: [decode_labels(row, objects) for row in bench.labels[s]] for s in SPLITS},
+        "seen": first.get("seen"),  # in the pictures on disk, which are the first draw's
         "confusion": sum(torch.tensor(draw.more["confusion"]) for draw in draws).tolist(),
-    }
+    } | origin(bench, draws)
     if config.num_fd_samples:
         floors = [draw.more["floor"] for draw in draws]
         report |= {
@@ -41,8 +46,9 @@ def sum_up(bench: Bench, config: BenchConfig, draws: list[Draw]) -> dict[str, An
             "frechet_distance": mean_interval([draw.frechet for draw in draws], lowest=0),
             "frechet_distance_of_training_pictures": mean_interval(floors, lowest=0),
         }
-    if rms := draws[0].more["nearest_rms"]:
-        report["nearest_rms"] = rms
+    if rms := first["nearest_rms"]:
+        report |= {"nearest_rms": rms, "nearest_median": statistics.median(rms)}
+        report["nearest_least"] = min(rms)
     if bench.judge is not bench.guide:
         of_guide = {split: [draw.more["other"][split] for draw in draws] for split in SPLITS}
         report["other_judge"] = {
@@ -66,10 +72,10 @@ def in_words(report: dict[str, Any], bench: Bench) -> str:
             f"{report['frechet_distance']}; of as many training pictures: "
             f"{report['frechet_distance_of_training_pictures']}"
         )
-    if rms := report.get("nearest_rms"):
+    if "nearest_rms" in report:
         text.append(
             f"nearest training picture (nearest.png): median difference "
-            f"{statistics.median(rms):.1f} of 255 levels, least {min(rms):.1f}"
+            f"{report['nearest_median']:.1f} of 255 levels, least {report['nearest_least']:.1f}"
         )
     if other := report.get("other_judge"):
         text.append(f"by {other['judge']} (--evaluator):\n\n{table(other['figures'])}")

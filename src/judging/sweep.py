@@ -4,11 +4,13 @@ import math
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from iclevr.dataset import SPLITS
 from judging.bench import Draws
-from judging.intervals import mean_interval
-from judging.metrics import SHARES, split_means, summarise
+from judging.figures import COLORS, panels, plot_intervals
+from judging.intervals import Interval, mean_interval
+from judging.metrics import COUNTS, SHARES, split_means, summarise
 from runtime.settings import to_dict
 
 COLUMNS = (*SPLITS, "mean")
@@ -73,6 +75,17 @@ def intervals(row: dict[str, Any], figure: str) -> dict[str, dict[str, float | N
     return {column: row[column][figure] for column in COLUMNS if figure in row[column]}
 
 
+def cells(row: dict[str, Any]) -> dict[str, Interval]:
+    """What the tables show of a row: column -> interval."""
+    shown = {}
+    for figure in (*SHARES, *COUNTS):
+        name = figure.replace("_", " ") if figure in SHARES else figure
+        shown |= {f"{column} {name}": i for column, i in intervals(row, figure).items()}
+    if "frechet_distance" in row:
+        shown["Frechet distance"] = row["frechet_distance"]
+    return {name: Interval(**interval) for name, interval in shown.items()}
+
+
 def verdict(summary: dict[str, Any]) -> str:
     """The result in words, a line for each criterion."""
     lines = []
@@ -93,3 +106,23 @@ def verdict(summary: dict[str, Any]) -> str:
             text += f"; every other scale is distinguishably worse ({how})"
         lines.append(text)
     return "\n".join(lines)
+
+
+def sweep_chart(report: dict[str, Any], title: str) -> Figure:
+    """Accuracy, exact sets and Frechet distance over the scale, with intervals; best marked."""
+    rows, best = report["rows"], report["best"]
+    scales = [row["guidance_scale"] for row in rows]
+    figure, axes_of = panels(list(best), title, "guidance scale")
+    for name, axes in axes_of.items():
+        for column in intervals(rows[0], name):
+            curve = [intervals(row, name)[column] for row in rows]
+            label = None if column == "all" else column
+            plot_intervals(axes, scales, curve, color=COLORS.get(column, "black"), label=label)
+        top = best[name]["scale"]
+        mean = curve[scales.index(top)]["mean"]  # of both splits, the last curve
+        axes.plot(top, mean, "*", color="tab:red", markersize=15, label=f"best: {top:g}")
+        if name == "frechet_distance":
+            floor = report["frechet_distance_of_training_pictures"]
+            axes.axhline(floor, color="gray", linestyle="--", label="as many training pictures")
+        axes.legend(fontsize=8)
+    return figure

@@ -154,6 +154,13 @@ class Trainer:
             load_weights(model, weights, path, "its settings")
         print(f"start: weights of {path}, recipe {self.config.recipe} for the training")
 
+    def note_start(self, made_by: dict[str, Any]) -> None:
+        """A line of metrics.jsonl for every start: its `provenance` and how far it is to go."""
+        if processes.is_main():
+            step = self.state.step
+            about = {"total_steps": self.total_steps, "num_pictures": len(self.loader.dataset)}
+            self.history.write(step, step / self.steps_per_epoch, made_by | about)
+
     def train(self) -> Path:
         """Take the steps that are left; returns the last checkpoint.
 

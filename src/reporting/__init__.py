@@ -1,0 +1,1 @@
+"""One file that shows a run and its results."""
