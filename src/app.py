@@ -36,7 +36,7 @@ from runtime.settings import DataConfig, SamplingConfig, Settings, UserError, pa
 
 FILES = Path(__file__).parent / "page"
 SCALES = (1, 1.5, 2, 2.5, 3, 4, 5, 7, 10)
-FIRST_SCENE = ("red sphere", "cyan cube", "yellow cylinder")
+FIRST_SCENE = ("red sphere", "cyan cube")
 NO_TRAINING_PICTURES = (
     '<p class="hint">There are no training pictures here to show the nearest of; '
     "<code>python src/render_iclevr.py</code> renders them.</p>"
@@ -124,7 +124,7 @@ def draw_tab(handlers: Handlers, controls: Controls) -> None:
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", min_width=90, elem_id="draw")
         again = gr.Button("Again", min_width=80, elem_id="again")
-        keep = gr.Button("Keep what is right", min_width=160, elem_id="keep")
+        keep = gr.Button("Keep what is right", min_width=185, elem_id="keep")
         stop = gr.Button("Stop", min_width=70, elem_id="stop")
     status = gr.HTML(elem_classes="status", elem_id="status")
     gallery = gr.HTML('<div class="empty">Choose objects, then draw.</div>', elem_id="pictures")
@@ -195,7 +195,12 @@ def build(bench: Bench, config: AppConfig) -> gr.Blocks:
                 with gr.Tab("Compare"):
                     compare_tab(handlers, controls)
                 with gr.Tab("Results") as results:
-                    parts = [part() for part in (gr.Markdown, gr.HTML) * 2]
+                    parts = [
+                        gr.Markdown(line_breaks=True),
+                        gr.HTML(),
+                        gr.Markdown(line_breaks=True),
+                        gr.HTML(),
+                    ]
         results.select(
             lambda: last_results(bench, config.ckpt_path, config.data, config.output_dir),
             None, parts, show_progress="hidden",
@@ -221,7 +226,10 @@ def serve(argv: Sequence[str] | None = None) -> tuple[gr.Blocks, str]:
             css_paths=[FILES / "style.css"],
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"--port {config.port}: taken; leave it out for a free one") from error
+        which = f"--port {config.port}" if config.port else f"--host {config.host}"
+        raise UserError(
+            f"{which}: can't listen there; it is taken, or not this machine's"
+        ) from error
     print(f"the page: {public or local}\nCtrl-C ends it")
     return page, local
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from judging.bench import Bench, BenchConfig
 from network.checkpoint import PRETRAINED
 from page.cards import data_uri
-from runtime.settings import DataConfig
+from runtime.settings import ROOT, DataConfig
 
 CHARTS = {
     "test_grid": "test.json",
@@ -45,7 +45,8 @@ def last(folder: Path, pattern: str, title: str, words: str, command: str) -> tu
                 f'<figure class="{name}"><img src="{source}" alt="{escape(what)}">'
                 f"<figcaption>{escape(what)}</figcaption></figure>"
             )
-    head = f"### {title}\n\n`{found}`"
+    place = found.relative_to(ROOT) if found.is_relative_to(ROOT) else found
+    head = f"### {title}\n\n`{place}`"
     return f"{head}\n\n{told}", f'<div class="charts">{"".join(figures)}</div>'
 
 

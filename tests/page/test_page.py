@@ -166,4 +166,4 @@ def test_a_port_that_is_taken(handlers, trained):
         taken.listen()
         port = taken.getsockname()[1]
         argv = ["--ckpt_path", path, "--data_dir", data, "--device", "cpu", "--port", port]
-        assert f"--port {port}: taken" in error_of(app.serve, argv)
+        assert f"--port {port}: can't listen there" in error_of(app.serve, argv)
