@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
@@ -21,7 +20,7 @@ from training_runs import NEVER, records
 import export
 import test
 import train
-from judging.figures import save_figure, save_image
+from judging.figures import plt, save_figure, save_image
 from judging.intervals import Interval
 from network.checkpoint import PRETRAINED
 from runtime.files import read_json

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
@@ -14,9 +14,6 @@ from torchvision.utils import make_grid
 
 from iclevr.dataset import resize, to_uint8
 from runtime.files import atomic_write
-
-matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 def to_image(image: Tensor) -> Image.Image:

@@ -18,13 +18,10 @@ import tyro
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from runtime import processes
+from runtime.errors import UserError
 from runtime.output import outlast_readers
 
 T = TypeVar("T")
-
-
-class UserError(Exception):
-    """What the user did can't work: one line naming the file or flag, its value and the remedy."""
 
 
 class Settings:

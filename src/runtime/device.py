@@ -20,8 +20,9 @@ def pick_device(name: str | None = None) -> torch.device:
     Of several processes on a machine each gets a card of its own.
 
     Raises:
-        UserError: the named device is not there.
+        UserError: the named device is not there, or other processes are not.
     """
+    processes.check_launcher()
     has_mps = torch.backends.mps.is_available()
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"

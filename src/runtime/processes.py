@@ -2,9 +2,13 @@
 
     accelerate launch --multi_gpu --num_processes 8 src/train.py ...
 
-accelerate (or torchrun) starts the processes and tells each its number; a script that was started
-by itself is a single one, for which everything in here does nothing. All processes compute, the
-first one writes, prints and logs.
+accelerate (or torchrun) starts the processes and tells each its number in environment variables; a
+script that was started by itself is a single one, for which everything in here does nothing. All
+processes compute, the first one writes, prints and logs.
+
+Such variables may be another launcher's. WORLD_SIZE decides: where it is absent, empty or 1, there
+is a single process, whatever the others say. Else RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
+must be there and fit, or `join` ends in an error that says how to get rid of them.
 """
 
 import contextlib
@@ -12,23 +16,65 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.errors import UserError
+
 T = TypeVar("T")
 
+REMEDY = "start with accelerate launch, or, for a single process, unset WORLD_SIZE"
 HEAD_START_S = 3.0
 """An error that all processes run into is printed by the first; the launcher ends the others."""
+MEET_WITHIN = timedelta(minutes=10)
+"""All processes have to have started; what they exchange later may take longer."""
+
+
+def check_launcher() -> None:
+    """The launcher's variables make sense.
+
+    Raises:
+        UserError: they don't; names the variable.
+    """
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdecimal() or size == "0":
+        raise UserError(f"WORLD_SIZE={size}: not a number of processes; {REMEDY}")
+    if world_size() == 1:
+        return
+    limits = {"RANK": int(size), "LOCAL_RANK": int(size), "MASTER_PORT": 2**16, "MASTER_ADDR": None}
+    for name, limit in limits.items():
+        value = os.environ.get(name, "")
+        if not value:
+            raise UserError(f"WORLD_SIZE={size}, but no {name}: no launcher's doing; {REMEDY}")
+        if limit and not (value.isdecimal() and int(value) < limit):
+            raise UserError(f"{name}={value}: not below {limit} (WORLD_SIZE={size}); {REMEDY}")
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, if the launcher has started any; once, before any of the below."""
+    """Meet the other processes, if the launcher has started any; once, before any of the below.
+
+    Raises:
+        UserError: they can't be met.
+    """
     if world_size() > 1 and not dist.is_initialized():
         # gloo for what lies on the CPU: agreements, and pictures that are gathered.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # which Windows has not
+        where = "{MASTER_ADDR}:{MASTER_PORT}, WORLD_SIZE={WORLD_SIZE}".format_map(os.environ)
+        if is_main():
+            print(f"meeting the other processes: {where}", file=sys.stderr)
+        try:
+            store, number, count = next(dist.rendezvous("env://", timeout=MEET_WITHIN))
+            backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+            dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        except (RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"the other processes can't be met: {where} ({why}); {REMEDY}"
+            ) from None
         if not is_main():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -41,17 +87,23 @@ def leave() -> None:
 
 def rank() -> int:
     """This process's number, from 0."""
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    return _number("RANK", 0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """This process's number on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+    return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
 
 
 def world_size() -> int:
     """How many processes there are, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1) or 1
+
+
+def _number(name: str, default: int) -> int:
+    """An environment variable; the default where it is no number, which `check_launcher` tells."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def is_main() -> bool:

@@ -1,11 +1,14 @@
 """Metrics beside the course's accuracy, on constructed cases and against libraries."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import OBJECTS
+from conftest import OBJECTS, SRC
 from scipy import linalg, stats
 
 from diffusion.guidance import classifier_guidance
@@ -190,3 +193,12 @@ def test_guidance_by_the_judge_moves_x_0_along_the_gradient(kind):
     expected = (3 * variance * 0.25 / 2).expand(1, 3, 8, 8)
     torch.testing.assert_close(x_0(guided) - x_0(prediction), expected, atol=1e-4, rtol=1e-4)
     assert unscale(torch.tensor(2.0), noise) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_notebooks_backend_is_none_of_ours(backend):
+    """Colab sets it for every command in a cell; here it is not installed."""
+    code = "import judging.realism; from judging.figures import plt; print(plt.get_backend())"
+    env = os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "agg\n", done.stderr

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import train
 import train_evaluator
 from network.checkpoint import load_checkpoint
 from runtime import processes
+from runtime.device import pick_device
+from runtime.settings import UserError, run
 from training.run_folder import latest_checkpoint
 
 
@@ -260,3 +263,47 @@ def test_shares_cover_everything_once(monkeypatch, count, world):
     shares = [list(range(count))[processes.shard(count, number)] for number in range(world)]
     assert sum(shares, []) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: not a number of processes"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": ""}, "WORLD_SIZE=2, but no RANK"),
+        ({"MASTER_ADDR": ""}, "WORLD_SIZE=2, but no MASTER_ADDR"),
+        ({"RANK": "2"}, "RANK=2: not below 2"),
+        ({"RANK": "two"}, "RANK=two: not below 2"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: not below 2"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http: not below 65536"),
+        ({"MASTER_PORT": "0"}, "can't be met: localhost:0"),
+        ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "can't be met: no.such.host"),
+    ],
+)
+def test_another_launchers_variables_end_in_one_line(monkeypatch, capsys, change, words):
+    monkeypatch.setattr(processes, "HEAD_START_S", 0)
+    monkeypatch.setattr(processes, "MEET_WITHIN", timedelta(seconds=1))
+    for name, value in ({"WORLD_SIZE": "2"} | LAUNCHED | change).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words) as caught:
+        pick_device("cpu")
+    assert "unset WORLD_SIZE" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(SystemExit) as ended:  # the message itself asks for this process's number
+        run(lambda: pick_device("cpu"))
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [None, "", "1"])
+def test_without_a_size_the_other_variables_mean_nothing(monkeypatch, size):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in {"RANK": "7", "LOCAL_RANK": "x", "MASTER_PORT": "-"}.items():
+        monkeypatch.setenv(name, value)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    assert pick_device("cpu").type == "cpu"
+    assert (processes.world_size(), processes.rank(), processes.local_rank()) == (1, 0, 0)
+    assert processes.is_main()
