@@ -53,7 +53,7 @@ def _only_if(holds: Callable[[Any], Any], why: str) -> AfterValidator:
 RunName = Annotated[
     str,
     _only_if(
-        re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f]+").fullmatch,
+        re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f\ud800-\udfff]+").fullmatch,
         "it names a folder; use another name, without / and \\",
     ),
 ]
@@ -282,7 +282,7 @@ class TrainConfig(Settings):
     init_from: Path | None = None
     """Start from the averaged weights in this checkpoint, as data/standin/model.pth; network and
     noise schedule default to its."""
-    resume: str | None = None
+    resume: Annotated[str, Field(min_length=1)] | None = None
     """auto, a run folder or a checkpoint: go on from there; other flags default to its."""
     save_interval: PositiveInt = 50
     """Epochs between checkpoints; the last epoch is always saved."""

@@ -238,6 +238,7 @@ CASES = {
         "train", ("nothing.pth: not found",), "--init_from {out}/nothing.pth"
     ),
     "resume from nothing": Case("train", ("--resume",), "--resume {out}/nowhere"),
+    "resume from an unset variable": Case("train", ("--resume ''",), "--resume="),
     # --- flags
     "negative epochs": Case("train", ("--epochs", "-1"), "--epochs -1"),
     "no epochs": Case("train", ("--epochs", "0"), "--epochs 0"),

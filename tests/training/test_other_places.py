@@ -1,6 +1,7 @@
 """A run goes on under another name, from another folder, on another machine."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -89,11 +90,13 @@ def test_nothing_is_written_that_the_reader_refuses(trained, tmp_path):
     (folder / "settings.json").write_text(json.dumps(settings | {"epoch": "3"}))
     assert "settings.json: epoch is a str" in error_of(export.main, back)
     assert not (tmp_path / "c.pth").exists()
-    bad = tmp_path / "a\\b"  # Windows would take it for two folders
-    shutil.copytree(trained[1] / "tiny", bad)
-    before = sorted(bad.rglob("*"))
-    assert "it names a folder" in error_of(train.main, ["--resume", bad, "--epochs", 5])
-    assert sorted(bad.rglob("*")) == before
+    # Windows would take the one for two folders, the other is no text.
+    for name, words in (("a\\b", "it names a folder"), (os.fsdecode(b"a\xff"), "string")):
+        bad = tmp_path / name
+        shutil.copytree(trained[1] / "tiny", bad)
+        before = sorted(bad.rglob("*"))
+        assert words in error_of(train.main, ["--resume", bad, "--epochs", 5])
+        assert sorted(bad.rglob("*")) == before
 
 
 def test_a_run_with_relative_paths_goes_on_from_another_folder(world, tmp_path, monkeypatch):
