@@ -8,13 +8,13 @@ Every stage is one of the repository's scripts, shown as the command it stands f
 result is there is skipped; an interrupted one goes on where it stopped.
 """
 
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import guidance_scale
 import render_iclevr
@@ -22,6 +22,7 @@ import report
 import test
 import train
 from network.checkpoint import PRETRAINED
+from runtime.command_line import as_typed
 from runtime.files import read_json, write_json
 from runtime.settings import ROOT, Settings, UserError, parse_args, run
 from training.resume import latest_checkpoint
@@ -32,8 +33,9 @@ FULL = dict(
 QUICK = dict(
     sequences=100, steps=40, seeds=2, fd=8, sweep="--scale_max 3 --scale_step 2 --num_seeds 1"
 )
-SAMPLER = "--scheduler ddpm --num_inference_steps 12"
-SAMPLING = f"{SAMPLER} --guidance_scale 3"
+SAMPLER = ["--scheduler", "ddpm", "--num_inference_steps", "12"]
+SAMPLING = [*SAMPLER, "--guidance_scale", "3"]
+PROMPT = ["--prompt", "red sphere, cyan cube"]
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,15 @@ class DemoConfig(Settings):
     """Data, run and results go to folders in here."""
 
 
-def stage(script: ModuleType, flags: str, notes: Path, done: bool = False) -> None:
+def stage(script: ModuleType, flags: Sequence[Any], notes: Path, done: bool = False) -> None:
     """Run `script` unless it has been done before, and note in `notes` how long it took."""
-    print(f"\n$ python src/{script.__name__}.py {flags}", flush=True)
+    print(f"\n$ {command(script, flags)}", flush=True)
     if done:
         print("done before, skipped")
         return
     since = time.perf_counter()
     try:
-        script.main(shlex.split(flags))
+        script.main([str(flag) for flag in flags])
     except (SystemExit, KeyboardInterrupt):
         print("the demo goes on from here when it is started again", file=sys.stderr)
         raise
@@ -68,23 +70,21 @@ def stage(script: ModuleType, flags: str, notes: Path, done: bool = False) -> No
 
 def show_pretrained(output: Path) -> None:
     """Both test splits, by the network that comes with the repository, on its own data."""
-    flags = f"--output_dir {quoted(output / 'result')} {SAMPLING}"
-    flags += f" --data_dir {quoted(ROOT / 'data' / 'standin')}"
-    more = "--num_seeds 4 --num_fd_samples 0 --wandb disabled"
-    print(f"\n$ python src/test.py {flags} {more}", flush=True)
-    test.main(shlex.split(f"{flags} {more}"))
-    show(f"--ckpt_path {quoted(PRETRAINED)} --output_dir {quoted(output)}")
-    print(f'try: python src/test.py {flags} --prompt "red sphere, cyan cube"')
+    flags = ["--output_dir", output / "result", *SAMPLING, "--data_dir", ROOT / "data" / "standin"]
+    more = [*flags, *["--num_seeds", "4", "--num_fd_samples", "0", "--wandb", "disabled"]]
+    at_once(test, more)
+    at_once(report, ["--ckpt_path", PRETRAINED, "--output_dir", output])
+    print(f"try: {command(test, [*flags, *PROMPT])}")
 
 
-def show(flags: str) -> None:
-    """Everything in one file."""
-    print(f"\n$ python src/report.py {flags}", flush=True)
-    report.main(shlex.split(flags))
+def at_once(script: ModuleType, flags: Sequence[Any]) -> None:
+    """Run `script`."""
+    print(f"\n$ {command(script, flags)}", flush=True)
+    script.main([str(flag) for flag in flags])
 
 
-def quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+def command(script: ModuleType, flags: Sequence[Any]) -> str:
+    return f"python src/{script.__name__}.py {as_typed(flags)}"
 
 
 def newest(folder: Path, pattern: str) -> Path:
@@ -102,23 +102,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_dir, result = config.output_dir / name, config.output_dir / "result" / name
     data, notes = run_dir / "data", run_dir / "demo.json"
 
-    flags = f"--num_sequences {size['sequences']} --out_dir {quoted(data)}"
+    flags = ["--num_sequences", size["sequences"], "--out_dir", data]
     stage(render_iclevr, flags, notes, done=(data / "train.json").exists())
-    flags = (
-        f"--run_name {name} --output_dir {quoted(config.output_dir)} --data_dir {quoted(data)} "
-        f"--max_train_steps {size['steps']} --save_interval 1 --sample_interval 2 "
-        "--preview_steps 25 --wandb offline --recipe small --resume auto"
-    )
+    flags = [
+        "--run_name", name, "--output_dir", config.output_dir, "--data_dir", data,
+        "--max_train_steps", size["steps"], *["--save_interval", "1", "--sample_interval", "2"],
+        *["--preview_steps", "25", "--wandb", "offline", "--recipe", "small", "--resume", "auto"],
+    ]  # fmt: skip
     stage(train, flags, notes)
-    common = (
-        f"--ckpt_path {quoted(latest_checkpoint(run_dir))} --data_dir {quoted(data)} "
-        f"--wandb offline --num_fd_samples {size['fd']}"
-    )
-    flags = f"{common} --output_dir {quoted(result.parent)}"
+    common = [
+        "--ckpt_path", latest_checkpoint(run_dir), "--data_dir", data,
+        "--wandb", "offline", "--num_fd_samples", size["fd"],
+    ]  # fmt: skip
+    flags = [*common, "--output_dir", result.parent]
     # Always: test and sweep keep their own draws, and make only those that are missing.
-    stage(test, f"{flags} {SAMPLING} --num_seeds {size['seeds']}", notes)
-    stage(guidance_scale, f"{flags} {SAMPLER} {size['sweep']}", notes)
-    show(f"--run_name {name} --output_dir {quoted(config.output_dir)}")
+    stage(test, [*flags, *SAMPLING, "--num_seeds", size["seeds"]], notes)
+    stage(guidance_scale, [*flags, *SAMPLER, *size["sweep"].split()], notes)
+    at_once(report, ["--run_name", name, "--output_dir", config.output_dir])
 
     print("\nstage              seconds")
     for script, seconds in read_json(notes)["seconds"].items():
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("  test_grid.png, new_test_grid.png, denoising.png, confusion.png, nearest.png")
     print(f"sweep: {newest(result, 'guidance_scale/*/sweep.png')}")
     print(f"previews during training: {run_dir / 'samples'}")
-    print(f'try: python src/test.py {common} {SAMPLING} --prompt "red sphere, cyan cube"')
+    print(f"try: {command(test, [*common, *SAMPLING, *PROMPT])}")
 
 
 if __name__ == "__main__":

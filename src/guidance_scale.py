@@ -93,7 +93,10 @@ def write_tables(
 ) -> None:
     """sweep.csv for programs, sweep.md for people, of scale -> `cells`."""
     names = list(next(iter(rows.values())))
-    with atomic_write(folder / "sweep.csv") as temporary, open(temporary, "w", newline="") as file:
+    with (
+        atomic_write(folder / "sweep.csv") as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.writer(file)
         columns = [name.replace(" ", "_") + end for name in names for end in ("", "_low", "_high")]
         writer.writerow(["guidance_scale", *columns, "about"])

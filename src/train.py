@@ -10,7 +10,6 @@ Writes output/<run_name>/: config.json, metrics.jsonl, checkpoints/model_epoch_N
 samples/epoch_N.png, whose accuracy is logged.
 """
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from iclevr.dataset import DataPaths, find_data, get_dataloader, read_conditions
 from judging.evaluator import Evaluator, load_evaluator
 from network.model import DiffusionModel, summary
 from runtime import processes
+from runtime.command_line import as_typed
 from runtime.device import pick_device, warn_of_launcher
 from runtime.files import check_folder, make_folder
 from runtime.provenance import provenance
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             print(f"processes: {processes.world_size()}, each with {share}")
         trainer.note_start(provenance(__file__, argv, device))
         saved = trainer.train()
-    print(f"saved {saved}\nnext: python src/test.py --ckpt_path {shlex.quote(str(saved))}")
+    print(f"saved {saved}\nnext: python src/test.py {as_typed(['--ckpt_path', saved])}")
     return saved
 
 

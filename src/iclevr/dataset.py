@@ -235,7 +235,8 @@ def open_train(
     path = load_images(image_dir, names, image_size, cache_dir, follow_links)
     if len(names) > CHECK_EACH:
         for old in cache_dir.glob(f"{image_size}px-list-*.npz"):
-            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another process reads it
+                old.unlink()
         keep_list(kept, names, labels, path)
     return names, labels, path
 

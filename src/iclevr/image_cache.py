@@ -1,5 +1,6 @@
 """Pictures decoded once into a memory-mapped uint8 array, so that an epoch costs no decoding."""
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -49,19 +50,32 @@ def load_images(
         / f"{image_size}px-{folder}-{_hash_of_sources(image_dir, names, follow_links)}.npy"
     )
     if path.exists():
-        try:
-            np.load(path, mmap_mode="r")
+        if not (fault := _fault(path)):
             return path
-        except (OSError, ValueError, EOFError) as error:  # cut short, after it was written
-            print(f"warning: {path}: damaged ({error}); decoding again", file=sys.stderr)
+        print(f"warning: {path}: damaged ({fault}); decoding again", file=sys.stderr)
     check_folder(cache_dir, "--cache_dir")
     remove_left_overs(cache_dir, older_than_s=24 * 3600)  # younger ones may be still in the making
-    with atomic_write(path) as temporary:
-        _decode_all([image_dir / name for name in names], image_size, temporary)
+    try:
+        with atomic_write(path) as temporary:
+            _decode_all([image_dir / name for name in names], image_size, temporary)
+    except UserError:
+        if not path.exists() or _fault(path):
+            raise
+        # Another process was faster, and uses it: Windows replaces no such file.
     for old in cache_dir.glob(f"{image_size}px-{folder}-*.npy"):
         if old != path:
-            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # still in use
+                old.unlink()
     return path
+
+
+def _fault(path: Path) -> Exception | None:
+    """Why a cache can't be used: cut short, after it was written; or None."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        return error
+    return None
 
 
 def _hash_of_sources(image_dir: Path, names: Sequence[str], follow_links: bool) -> str:
@@ -97,21 +111,16 @@ def _hash_of_sources(image_dir: Path, names: Sequence[str], follow_links: bool) 
 
 
 def _decode_all(paths: Sequence[Path], image_size: int, target: Path) -> None:
-    """Write the pictures to `target`, a .npy file (N, 3, S, S) uint8, through a map of it."""
+    """Write the pictures to `target`, a .npy file (N, 3, S, S) uint8."""
     shape = (len(paths), 3, image_size, image_size)
-    cache = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
-    if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash of the map
-        with open(target, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-
-    def decode(index: int) -> None:
-        cache[index] = read_image(paths[index], image_size)
-
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        jobs = pool.map(decode, range(len(paths)))  # the first error cancels those not yet begun
-        for _ in progress_bar(jobs, total=len(paths), desc="decode pictures", unit="img"):
-            pass
-    cache.flush()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    # One after the other, not through a map: a full disk would crash that, and Windows renames no
+    # file that is mapped. Pillow decodes outside the interpreter's lock.
+    with open(target, "wb") as file, ThreadPoolExecutor() as pool:
+        np.lib.format.write_array_header_1_0(file, header)
+        jobs = pool.map(read_image, paths, [image_size] * len(paths))  # an error cancels the rest
+        for picture in progress_bar(jobs, total=len(paths), desc="decode pictures", unit="img"):
+            file.write(picture.tobytes())
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:

@@ -50,8 +50,10 @@ class Drawing(Settings):
     def name(self) -> str:
         """Of its files."""
         name = "_".join(self.objects).replace(" ", "-")
-        if len(name.encode()) > 150:  # file systems allow 255 bytes
-            name = f"{len(self.objects)}-objects-{zlib.crc32(name.encode()):08x}"
+        # File systems allow 255 bytes, Windows not all characters.
+        if len(name.encode("utf-8", "surrogatepass")) > 150 or set(name) & set('<>:"|?*'):
+            code = zlib.crc32(name.encode("utf-8", "surrogatepass"))
+            name = f"{len(self.objects)}-objects-{code:08x}"
         return f"{name}_seed{self.seed}"
 
 

@@ -8,6 +8,8 @@ import contextlib
 import io
 import os
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -168,6 +170,12 @@ def run(main: Callable[[], Any], if_stopped: str = "stopped") -> None:
         sys.exit(130)
     finally:
         processes.leave()
+
+
+def as_typed(argv: Sequence[Any]) -> str:
+    """Arguments in one line, quoted for the shell of this system."""
+    words = [str(word) for word in argv]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def _first_paragraph(box: str) -> str:

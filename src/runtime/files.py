@@ -1,10 +1,12 @@
 """Files that are either whole or absent, and JSON with errors a user can act on."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +16,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from runtime.settings import UserError
+
+UNSUPPORTED = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+"""Errors of file systems (NFS, Lustre, FUSE) that know no locks or no fsync."""
 
 
 @contextlib.contextmanager
@@ -33,9 +38,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with open(temporary, "r+b") as file:  # Windows flushes no file opened for reading
+            _flush_to_disk(file.fileno())
+        _replace(temporary, path)
     except BaseException as error:
         for remove in (temporary.unlink, *(folder.rmdir for folder in missing)):  # innermost first
             with contextlib.suppress(OSError):  # never made, or it holds something
@@ -43,6 +48,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from error
         raise
+
+
+def _flush_to_disk(number: int) -> None:
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """os.replace; on Windows a scanner of viruses may hold either file for a moment."""
+    for wait in (0.1, 0.3, 1.0) if os.name == "nt" else ():
+        with contextlib.suppress(PermissionError):
+            return os.replace(temporary, path)
+        time.sleep(wait)
+    os.replace(temporary, path)
 
 
 def append(path: Path, text: str) -> None:
@@ -105,16 +127,30 @@ def remove_left_overs(folder: Path, older_than_s: float = 0) -> None:
 def lock_folder(folder: Path, remedy: str) -> FileLock:
     """Keep other processes out of a folder, until the lock is released or this process ends.
 
+    Where the file system has no locks, it says so and goes on without: a lock only guards against
+    a mistake.
+
     Raises:
-        UserError: another one holds it; says which, and ends with `remedy`.
+        UserError: another process holds it, or the file is not ours; ends with `remedy`.
     """
-    lock = FileLock(folder / ".lock", timeout=0)  # the system lifts it, however a process ends
-    owner = folder / ".lock-owner"
+    path, owner = folder / ".lock", folder / ".lock-owner"
+    lock = FileLock(path, timeout=0)  # the system lifts it, however a process ends
     try:
         lock.acquire()
     except Timeout:
-        who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        who = "another process"
+        with contextlib.suppress(OSError, ValueError):
+            who = owner.read_text(encoding="utf-8")
         raise UserError(f"{folder}: {who} works here; {remedy}") from None
+    except (OSError, NotImplementedError) as error:
+        number = getattr(error, "errno", errno.ENOSYS)
+        if number not in UNSUPPORTED:
+            raise UserError(f"{path}: can't be locked: {os.strerror(number)}; {remedy}") from None
+        print(
+            f"warning: {folder}: can't be locked here ({os.strerror(number)}); see to it that no "
+            "other process works in it", file=sys.stderr,
+        )  # fmt: skip
+        return lock
     with contextlib.suppress(OSError):
         owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     return lock

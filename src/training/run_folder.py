@@ -88,7 +88,8 @@ def delete_older(path: Path, keep: int) -> None:
     """
     known = checkpoints(path.parents[1])
     for old in known[: known.index(path) + 1][:-keep]:
-        old.unlink()
+        with contextlib.suppress(OSError):  # Windows deletes none that is being read; next time
+            old.unlink()
 
 
 @contextlib.contextmanager
