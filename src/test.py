@@ -35,7 +35,7 @@ from judging.bench import (
     settle,
     split_records,
 )
-from judging.drawing import check_origin, plan, read_drawing
+from judging.drawing import Drawing, check_origin, plan, read_drawing
 from judging.evaluator import IMAGE_SIZE, evaluate
 from judging.figures import confusion_chart, grid, pairs, save_figure, save_image, save_text, strip
 from judging.metrics import record
@@ -166,18 +166,24 @@ def folder_name(config: TestConfig) -> str:
     return "-".join(part for part, shown in parts.items() if shown)
 
 
+def read_config(argv: Sequence[str] | None) -> tuple[TestConfig, Drawing | None]:
+    """The flags, and what --from_json describes, from which they then take their defaults."""
+    config = parse_args(TestConfig, argv)
+    if config.from_json is None:
+        return config, None
+    drawing = read_drawing(config.from_json)
+    again = TestConfig(
+        prompt=", ".join(drawing.objects), seed=drawing.seed, sampling=drawing.sampling
+    )
+    return parse_args(TestConfig, argv, default=again), drawing
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     """Returns the content of accuracies.json, or the path of the prompt's picture.
 
     Of several processes only the first one writes and returns something.
     """
-    config, drawing = parse_args(TestConfig, argv), None
-    if config.from_json is not None:
-        drawing = read_drawing(config.from_json)
-        again = TestConfig(
-            prompt=", ".join(drawing.objects), seed=drawing.seed, sampling=drawing.sampling
-        )
-        config = parse_args(TestConfig, argv, default=again)
+    config, drawing = read_config(argv)
     guided = config.sampling.classifier_guidance_scale
     bench = open_bench(
         config.ckpt_path, config.data, config.device, config.judge,
