@@ -178,6 +178,17 @@ def read_config(argv: Sequence[str] | None) -> tuple[TestConfig, Drawing | None]
     return parse_args(TestConfig, argv, default=again), drawing
 
 
+def log_results(tracker: Tracker, found: dict[str, Any], folder: Path) -> None:
+    """Figures and pictures, to Weights & Biases."""
+    values = {f"{s}_{f}": i.mean for s in SPLITS for f, i in found["figures"][s].items()}
+    if "frechet_distance" in found:
+        values["frechet_distance"] = found["frechet_distance"].mean
+    tracker.log(values)
+    for picture in sorted(folder.glob("*.png")):
+        tracker.log_picture(picture.stem, picture)
+    tracker.finish()
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     """Returns the content of accuracies.json, or the path of the prompt's picture.
 
@@ -232,13 +243,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     compared = comparison(run_folder)
     save_text(compared, run_folder / "accuracies.md")
 
-    values = {f"{s}_{f}": i.mean for s in SPLITS for f, i in found["figures"][s].items()}
-    if "frechet_distance" in found:
-        values["frechet_distance"] = found["frechet_distance"].mean
-    tracker.log(values)
-    for picture in sorted(folder.glob("*.png")):
-        tracker.log_picture(picture.stem, picture)
-    tracker.finish()
+    log_results(tracker, found, folder)
     print(f"\n{text}\n\n{compared}\n\n{folder}")
     return report
 

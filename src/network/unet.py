@@ -91,6 +91,7 @@ class UNet2DModel(nn.Module):
         attn_norm_num_groups: int | None = None,
         time_embedding_dim: int | None = None,
     ):
+        # Long for its arguments, which are diffusers', and what they must fulfil.
         super().__init__()
         levels = len(block_out_channels)
         if not levels == len(down_block_types) == len(up_block_types):
