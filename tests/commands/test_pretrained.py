@@ -33,8 +33,8 @@ def test_conditions_are_the_renderer_s():
 
 def test_it_draws_what_is_asked_for(conditions, capsys):
     """Without --ckpt_path, and without any training picture at hand; it reaches more than this."""
-    flags = f"--data_dir {conditions} --output_dir {conditions} {demo.SAMPLING}"
-    report = test.main([*flags.split(), "--wandb", "disabled", "--device", "cpu"])
+    flags = ["--data_dir", str(conditions), "--output_dir", str(conditions), *demo.SAMPLING]
+    report = test.main([*flags, "--wandb", "disabled", "--device", "cpu"])
     printed = capsys.readouterr()
     assert f"pretrained on the stand-in; {load_checkpoint(PRETRAINED).config.run_name}" in (
         printed.out

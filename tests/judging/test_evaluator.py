@@ -222,7 +222,7 @@ def test_a_judge_that_was_stopped_goes_on_to_the_same_weights(world, monkeypatch
     def disturb_and_stop(*args):
         step = next(steps)
         if step == 4:  # of three in an epoch
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
         if step == 7:
             raise MemoryError
         return real(*args)
@@ -231,7 +231,7 @@ def test_a_judge_that_was_stopped_goes_on_to_the_same_weights(world, monkeypatch
     monkeypatch.setattr(train_evaluator, "SAVE_EACH_S", 0)
     with pytest.raises(SystemExit) as ended:
         train_evaluator.main(argv)
-    assert ended.value.code == 128 + signal.SIGHUP
+    assert ended.value.code == 128 + signal.SIGUSR1
     assert "stopped at step 5 of 9; the same command goes on" in capsys.readouterr().err
     with pytest.raises(MemoryError):
         train_evaluator.main(argv)

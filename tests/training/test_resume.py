@@ -111,14 +111,22 @@ def test_a_second_signal_stops_at_once_but_not_an_echo_of_the_first():
     assert ended.value.code == 143
 
 
+@pytest.fixture
+def terminal():
+    """Not as under nohup, which has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
-def test_all_that_asks_for_an_end_saves_first(world, tmp_path, name):
+def test_all_that_asks_for_an_end_saves_first(world, tmp_path, terminal, name):
     """A terminal that is gone, and what schedulers send."""
     stopped(train.main, train_argv(world, tmp_path), 2, getattr(signal, name))
     assert load_checkpoint(latest_checkpoint(tmp_path / "r")).step == 2
 
 
-def test_a_warning_and_then_sigterm_do_not_cut_the_saving_short():
+def test_a_warning_and_then_sigterm_do_not_cut_the_saving_short(terminal):
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         stop.since -= 2
