@@ -145,7 +145,8 @@ def test_killed_processes_go_on_as_another_number_of_them(single, tmp_path):
 def test_sigterm_to_one_stops_all_after_the_same_step(single, tmp_path):
     data, _ = single
     process = launched("train.py", argv_of(data, tmp_path, "--epochs", 10**6))
-    assert wait_for((tmp_path / "r" / "metrics.jsonl").exists, process)
+    log = tmp_path / "r" / "metrics.jsonl"
+    assert wait_for(lambda: log.exists() and '"loss"' in log.read_text(), process)
     psutil.Process(process.pid).children()[-1].terminate()
     code, _, err = finished(process, timeout=90)
     assert code != 0
