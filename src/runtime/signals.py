@@ -13,9 +13,15 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBRE
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Those of `NAMES` that there are here, and that the caller has not had ignored (nohup)."""
+    """Those of `NAMES` that there are here.
+
+    What the caller has had ignored stays so (nohup: SIGHUP), but for Ctrl-C and kill: a shell has
+    Ctrl-C ignored in whatever it starts in the background.
+    """
+    always = (signal.SIGINT, signal.SIGTERM)
     numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-    return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    ignored = (signal.SIG_IGN, None)
+    return [n for n in numbers if n in always or signal.getsignal(n) not in ignored]
 
 
 class Stopped(Exception):

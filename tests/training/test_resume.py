@@ -148,6 +148,16 @@ def test_what_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_what_a_shell_starts_in_the_background_is_stopped_by_sigint():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.agreed()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_moved_run_goes_on_where_it_lies(world, tmp_path):
     train.main(train_argv(world, tmp_path / "old", "--epochs", 1))
     (tmp_path / "old").rename(tmp_path / "new")

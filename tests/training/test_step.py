@@ -75,8 +75,8 @@ def test_the_count_of_skipped_steps_goes_on_when_resumed(world, tmp_path, monkey
 
 
 def test_diverged_training_stops_and_saves_nothing(world, tmp_path):
-    argv = train_argv(world, tmp_path, "--epochs", 4, "--lr", 1e30, "--lr_warmup_steps", 0,
-                      "--save_interval", 1)  # fmt: skip
+    argv = train_argv(world, tmp_path, "--epochs", 4, "--lr", 1e30, "--weight_decay", 0,
+                      "--lr_warmup_steps", 0, "--save_interval", 1)  # fmt: skip
     message = error_of(train.main, argv)
     assert "had NaN or infinite gradients" in message and "--lr" in message
     assert latest_checkpoint(tmp_path / "r") is None
