@@ -60,10 +60,9 @@ def find_data(config: DataConfig) -> DataPaths:
             raise UserError(f"no data in {candidates[0]}: {HOW_TO_GET_DATA}")
     elif not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir}: no such folder; {HOW_TO_GET_DATA}")
-    if evaluator is None:
+    if evaluator is None:  # the shipped one knows no other objects than its own
         weights = (data_dir / name for name in ("checkpoint.pth", "evaluator.pth"))
         evaluator = next((path for path in weights if path.exists()), None)
-        # The shipped one knows no other objects.
         if evaluator is None and SHIPPED_EVALUATOR.exists() and read_objects(data_dir) == OBJECTS:
             evaluator = SHIPPED_EVALUATOR
     return DataPaths(
