@@ -2,12 +2,19 @@
 
     python src/render_iclevr.py                        # 6,003 sequences, 18,009 pictures
     python src/render_iclevr.py --num_sequences 500    # a quick set; later runs can extend it
+    python src/render_iclevr.py --out_dir data/held_out --hold_out_sets 0.1 --hold_out_pairs 0.05
 
 i-CLEVR (El-Nouby et al. 2019) adds objects one by one to a scene of CLEVR (Johnson et al. 2017).
-Here a sequence has three pictures of one, two and three objects, ray traced in NumPy. Sequence i
-depends on (seed, i) only, so any number of workers and any interruption give the same files.
+Here a sequence has three pictures of one, two and three objects (with --max_objects up to five),
+ray traced in NumPy. Sequence i depends on the settings and i only, so any number of workers and any
+interruption give the same files.
+
+What --hold_out_sets and --hold_out_pairs keep out of train.json stands in unseen.json, seen.json
+and unseen_pairs.json, for src/test.py --conditions. src/hold_out.py does the same for data that
+is already there.
 """
 
+import functools
 import multiprocessing as mp
 import os
 import signal
@@ -15,15 +22,31 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import Field
 
+from iclevr.held_out import (
+    NOTHING,
+    SIZES,
+    HeldOut,
+    choose_held_out,
+    held_out_conditions,
+)
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture
-from iclevr.scene import NAMES, OBJECTS, PICTURES, make_conditions, sample_labels
+from iclevr.scene import (
+    MOST_PICTURES,
+    NAMES,
+    OBJECTS,
+    PICTURES,
+    make_conditions,
+    make_large_conditions,
+    sample_labels,
+)
 from runtime.files import (
     atomic_write,
     lock_folder,
@@ -33,7 +56,19 @@ from runtime.files import (
     write_json,
 )
 from runtime.output import progress_bar
-from runtime.settings import ROOT, PositiveInt, Seed, Settings, UserError, parse_args, run
+from runtime.settings import (
+    ROOT,
+    PositiveInt,
+    Probability,
+    Seed,
+    Settings,
+    UserError,
+    parse_args,
+    run,
+)
+
+FOLLOWED = "seed", "width", "height", "samples", "max_objects", "hold_out_sets", "hold_out_pairs"
+"""Settings that change the pictures."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +78,15 @@ class RenderConfig(Settings):
     out_dir: Path = ROOT / "data" / "standin"
     """Folder for the JSON files; the pictures go to iclevr/ inside it."""
     num_sequences: Annotated[int, Field(ge=1, le=10**6)] = 6003
-    """Sequences of three pictures; a larger number later extends the set."""
+    """Sequences of three pictures (of --max_objects); a larger number later extends the set."""
+    max_objects: Annotated[int, Field(ge=PICTURES, le=MOST_PICTURES)] = PICTURES
+    """Objects in the last picture of a sequence, which has as many pictures."""
+    hold_out_sets: Probability = 0.0
+    """Share of all sets of two and of three objects that no picture shows; they become unseen.json,
+    beside as many that some do, seen.json."""
+    hold_out_pairs: Probability = 0.0
+    """Share of all pairs of objects that stand together in no picture; they become
+    unseen_pairs.json."""
     seed: Seed = 0
     """Seed of objects, places, camera and lamps."""
     width: Annotated[int, Field(ge=32, le=1024)] = 96
@@ -56,18 +99,30 @@ class RenderConfig(Settings):
     """Processes that render; the files do not depend on it."""
 
 
-def file_names(i: int) -> list[str]:
+def file_names(i: int, count: int = PICTURES) -> list[str]:
     """Names of the pictures of sequence i."""
-    return [f"CLEVR_train_{i:06d}_{k}.png" for k in range(PICTURES)]
+    return [f"CLEVR_train_{i:06d}_{k}.png" for k in range(count)]
+
+
+@functools.cache
+def hold_out(seed: int, share_sets: float, share_pairs: float) -> HeldOut:
+    """What no picture shows; of test.json and new_test.json nothing is held out."""
+    if share_sets == share_pairs == 0:
+        return NOTHING
+    sets = {frozenset(names) for size in SIZES for names in combinations(NAMES, size)}
+    keep = [frozenset(names) for split in make_conditions(seed) for names in split]
+    return choose_held_out(sets, keep, share_sets, share_pairs, seed)
 
 
 def _work(job: tuple[RenderConfig, int, list[int]]) -> int:
     """Render some pictures of a sequence; returns how many."""
     config, i, missing = job
-    sequence = sample_sequence(config.seed, i)
+    held_out = hold_out(config.seed, config.hold_out_sets, config.hold_out_pairs)
+    sequence = sample_sequence(config.seed, i, config.max_objects, held_out)
     for k in missing:
         picture = render_picture(sequence, k + 1, config.width, config.height, config.samples)
-        with atomic_write(config.out_dir / "iclevr" / file_names(i)[k]) as temporary:
+        path = config.out_dir / "iclevr" / file_names(i, config.max_objects)[k]
+        with atomic_write(path) as temporary:
             Image.fromarray(picture).save(temporary)
     return len(missing)
 
@@ -78,9 +133,9 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _settings(config: RenderConfig) -> dict[str, int]:
+def _settings(config: RenderConfig) -> dict[str, Any]:
     """What the pictures follow from."""
-    return {name: getattr(config, name) for name in ("seed", "width", "height", "samples")}
+    return {name: getattr(config, name) for name in FOLLOWED}
 
 
 def _check_made_here(config: RenderConfig) -> None:
@@ -102,15 +157,17 @@ def _check_made_here(config: RenderConfig) -> None:
     if not isinstance(stored, dict):
         raise UserError(f"{path}: not a dict of settings; delete the folder or change --out_dir")
     for name, value in _settings(config).items():
-        if stored.get(name) != value:
+        # Folders from before there was a setting were made with its default.
+        made_with = stored.get(name, RenderConfig.__dataclass_fields__[name].default)
+        if made_with != value:
             raise UserError(
-                f"{path}: made with --{name} {stored.get(name)}, not {value}; "
-                f"use --{name} {stored.get(name)} or another --out_dir"
+                f"{path}: made with --{name} {made_with}, not {value}; "
+                f"use --{name} {made_with} or another --out_dir"
             )
 
 
 def _render_all(config: RenderConfig, jobs: list[tuple[RenderConfig, int, list[int]]]) -> None:
-    total = config.num_sequences * PICTURES
+    total = config.num_sequences * config.max_objects
     done = total - sum(len(missing) for _, _, missing in jobs)
     spawn = mp.get_context("spawn")  # works the same on every system
     with (
@@ -137,11 +194,15 @@ def _render_all(config: RenderConfig, jobs: list[tuple[RenderConfig, int, list[i
 
 def _draw_sheet(config: RenderConfig) -> None:
     """sheet.png: the last pictures of the first 32 sequences, squeezed as a network sees them."""
+
+    def last(i: int) -> str:
+        return file_names(i, config.max_objects)[-1]
+
     side, columns = 128, 8
     numbers = range(min(32, config.num_sequences))
     sheet = Image.new("RGB", (columns * side, -(-len(numbers) // columns) * side))
     for i in numbers:
-        with Image.open(config.out_dir / "iclevr" / file_names(i)[-1]) as picture:
+        with Image.open(config.out_dir / "iclevr" / last(i)) as picture:
             small = picture.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
         place = (i % columns * side, i // columns * side)
         sheet.paste(small.resize((side, side), Image.Resampling.BICUBIC), place)
@@ -149,14 +210,25 @@ def _draw_sheet(config: RenderConfig) -> None:
         sheet.save(temporary)
 
 
-def write_labels(folder: Path, seed: int, num_sequences: int) -> None:
-    """The course's four JSON files: objects, both lists of conditions, and what pictures show."""
+def write_labels(
+    folder: Path,
+    seed: int,
+    num_sequences: int,
+    max_objects: int = PICTURES,
+    held_out: HeldOut = NOTHING,
+) -> None:
+    """The course's four JSON files, objects, both lists of conditions, and what pictures show; and
+    conditions beyond the course: four and five objects, and what is held out."""
     test, new_test = make_conditions(seed)
     train = {}
     for i in range(num_sequences):
-        names = [NAMES[n] for n in sample_labels(seed, i)]
-        train |= {name: names[: k + 1] for k, name in enumerate(file_names(i))}
+        names = [NAMES[n] for n in sample_labels(seed, i, max_objects, held_out)]
+        train |= {name: names[: k + 1] for k, name in enumerate(file_names(i, max_objects))}
     files = {"objects": OBJECTS, "test": test, "new_test": new_test, "train": train}
+    files |= make_large_conditions(seed)
+    if held_out != NOTHING:
+        shown = {frozenset(names) for names in train.values()}
+        files |= held_out_conditions(held_out, shown, map(frozenset, test + new_test), seed)
     for name, content in files.items():
         write_json(folder / f"{name}.json", content)
 
@@ -182,14 +254,16 @@ def _render(config: RenderConfig) -> None:
     done = set(os.listdir(image_dir))
     jobs = []
     for i in range(config.num_sequences):
-        missing = [k for k, name in enumerate(file_names(i)) if name not in done]
+        names = file_names(i, config.max_objects)
+        missing = [k for k, name in enumerate(names) if name not in done]
         if missing:
             jobs.append((config, i, missing))
     if jobs:
         _render_all(config, jobs)
-    write_labels(config.out_dir, config.seed, config.num_sequences)
+    held_out = hold_out(config.seed, config.hold_out_sets, config.hold_out_pairs)
+    write_labels(config.out_dir, config.seed, config.num_sequences, config.max_objects, held_out)
     _draw_sheet(config)
-    total = config.num_sequences * PICTURES
+    total = config.num_sequences * config.max_objects
     print(f"{total} pictures in {config.out_dir}; sheet.png shows some")
 
 

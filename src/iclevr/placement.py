@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from iclevr.held_out import NOTHING, HeldOut
 from iclevr.ray_tracer import LAMPS, hit, object_ids, rays_of, unit
 from iclevr.scene import CAMERA, PICTURES, RADIUS, Item, Sequence, sample_labels
 
@@ -17,26 +18,48 @@ GAP, MARGIN = 0.25, 0.4
 """Least distance between objects, and between their centres along the camera's axes (CLEVR)."""
 MIN_PIXELS = 200
 """Least visible pixels of an object in a picture of 320x240 (CLEVR)."""
+MAX_RETRIES = 50
+"""Places tried for a further object (CLEVR)."""
 
 
-def sample_sequence(seed: int, i: int) -> Sequence:
-    """Draw sequence i; it depends on nothing but the two numbers."""
+def sample_sequence(
+    seed: int, i: int, count: int = PICTURES, held_out: HeldOut = NOTHING
+) -> Sequence:
+    """Draw sequence i of `count` objects, three or more; it depends on nothing but the arguments.
+
+    The first three are placed together, further ones one by one as CLEVR does it: where no room
+    is left, all places are drawn anew.
+    """
     rng = np.random.default_rng([seed, i, 1])
     camera = CAMERA + rng.uniform(-CAMERA_JITTER, CAMERA_JITTER, 3)
     positions = np.array([lamp[0] for lamp in LAMPS])
     lamps = positions + rng.uniform(-LAMP_JITTER, LAMP_JITTER, positions.shape)
-    labels = sample_labels(seed, i)
+    labels = sample_labels(seed, i, count, held_out)
+
+    def fitting(places: np.ndarray, angles: np.ndarray, chances: np.ndarray) -> Sequence | None:
+        items = tuple(
+            Item(index, float(x), float(y), float(angle))
+            for index, (x, y), angle in zip(labels, places, angles, strict=False)
+        )
+        sequence = Sequence(camera, lamps, items)
+        return sequence if _well_placed(places, camera, chances) and _well_seen(sequence) else None
+
     while True:
         places = np.zeros((PICTURES, 2))
         places[1:] = rng.uniform(-OUTER, OUTER, (PICTURES - 1, 2))
         angles = rng.uniform(0, 2 * np.pi, PICTURES)
         chances = rng.random(PICTURES - 1)
-        items = tuple(
-            Item(index, float(x), float(y), float(angle))
-            for index, (x, y), angle in zip(labels, places, angles, strict=True)
-        )
-        sequence = Sequence(camera, lamps, items)
-        if _well_placed(places, camera, chances) and _well_seen(sequence):
+        sequence = fitting(places, angles, chances)
+        if sequence is None:
+            continue
+        for _ in range(MAX_RETRIES * (count - PICTURES)):
+            place, angle = rng.uniform(-OUTER, OUTER, (1, 2)), rng.uniform(0, 2 * np.pi, 1)
+            more = np.r_[places, place], np.r_[angles, angle], np.r_[chances, rng.random(1)]
+            if longer := fitting(*more):
+                sequence, (places, angles, chances) = longer, more
+                if len(places) == count:
+                    break
+        if len(places) == count:
             return sequence
 
 
@@ -59,8 +82,9 @@ def _well_seen(sequence: Sequence) -> bool:
     width, height = 160, 120
     origin, rays = sequence.camera[:, None], rays_of(sequence.camera, width, height)
     alone = [np.isfinite(hit(item, origin, rays)) for item in sequence.items]
-    alone = np.reshape(alone, (PICTURES, height, width))
+    alone = np.reshape(alone, (-1, height, width))
     cut = alone[:, [0, -1]].any() or alone[:, :, [0, -1]].any()
-    ids = object_ids(sequence, PICTURES, width, height)
-    shown = min((ids == k).sum() for k in range(PICTURES))
+    count = len(sequence.items)
+    ids = object_ids(sequence, count, width, height)
+    shown = min((ids == k).sum() for k in range(count))
     return not cut and shown * (320 * 240) / (width * height) >= MIN_PIXELS

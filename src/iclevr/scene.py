@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iclevr.held_out import NOTHING, HeldOut
+
 SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {  # linear RGB times 255: decoding them as sRGB comes out far too dark
     "gray": (87, 87, 87),
@@ -24,8 +26,8 @@ NAMES = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
 OBJECTS = {name: index for index, name in enumerate(NAMES)}
 """What objects.json holds."""
 
-PICTURES = 3
-"""Pictures of a sequence."""
+PICTURES, MOST_PICTURES = 3, 5
+"""Pictures of a sequence, each with one object more: of the course's, and of i-CLEVR's own."""
 RADIUS = 0.58
 """Radius of spheres and cylinders and half side of cubes, in scene units: the size in the
 pictures of i-CLEVR."""
@@ -36,6 +38,8 @@ CONDITION_SEQUENCES = 200
 """Test conditions are label sets of the first this many sequences."""
 TEST_COUNTS, NEW_TEST_COUNTS = (6, 12, 14), (0, 12, 20)
 """Conditions of 1, 2 and 3 objects in the course's test.json and new_test.json."""
+LARGE, LARGE_COUNT = {"four": 4, "five": 5}, 48
+"""Files of conditions with more objects than the course's training pictures have."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,27 @@ class Item:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Camera (3,), lamps (3, 3) and the three objects in the order in which they appear."""
+    """Camera (3,), lamps (3, 3) and the objects in the order in which they appear."""
 
     camera: np.ndarray
     lamps: np.ndarray
     items: tuple[Item, ...]
 
 
-def sample_labels(seed: int, i: int) -> list[int]:
-    """Indices of the distinct objects of sequence i, in order of appearance."""
+def sample_labels(
+    seed: int, i: int, count: int = PICTURES, held_out: HeldOut = NOTHING
+) -> list[int]:
+    """Indices of the distinct objects of sequence i, in order of appearance.
+
+    Nothing in `held_out` is shown on the way; a sequence that would is drawn anew, the others are
+    as they are without it. A longer sequence starts as the shorter one.
+    """
     rng = np.random.default_rng([seed, i, 0])
-    return rng.permutation(len(NAMES))[:PICTURES].tolist()
+    while True:
+        labels = rng.permutation(len(NAMES))[:count].tolist()
+        names = [NAMES[n] for n in labels]
+        if not any(held_out.holds(names[:k]) for k in range(2, count + 1)):
+            return labels
 
 
 def make_conditions(seed: int) -> tuple[list[list[str]], list[list[str]]]:
@@ -91,3 +105,21 @@ def make_conditions(seed: int) -> tuple[list[list[str]], list[list[str]]]:
         return [pick(size) for size, n in enumerate(counts, 1) for _ in range(n)]
 
     return split(TEST_COUNTS), split(NEW_TEST_COUNTS)
+
+
+def make_large_conditions(seed: int) -> dict[str, list[list[str]]]:
+    """The conditions of four.json and five.json: LARGE_COUNT sets of distinct objects each, all
+    24 objects about equally often."""
+    rng = np.random.default_rng([seed, 0, 5])
+    result = {}
+    for name, size in LARGE.items():
+        deck: list[int] = []
+        conditions = []
+        for _ in range(LARGE_COUNT):
+            if len(deck) < size:  # a new deck below the rest of the old one, nothing twice
+                fresh = rng.permutation(len(NAMES)).tolist()
+                deck += [n for n in fresh if n not in deck] + [n for n in fresh if n in deck]
+            conditions.append([NAMES[n] for n in deck[:size]])
+            deck = deck[size:]
+        result[name] = conditions
+    return result
