@@ -14,7 +14,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from iclevr.dataset import SPLITS
 from judging import metrics
 from judging.bench import Draw
 from runtime.provenance import machine as machine  # for all benchmarks
@@ -32,13 +31,13 @@ def model_flags(model: ModelConfig) -> str:
 
 
 def shares(draws: Sequence[Draw], figure: str) -> np.ndarray:
-    """(draws,): mean of both splits, of accuracy or exact sets."""
+    """(draws,): mean of all splits, of accuracy or exact sets."""
     key = metrics.SHARES[figure]
     values = []
     for draw in draws:
         whole = {s: sum(r["total"]) if key == "correct" else len(r[key])
                  for s, r in draw.records.items()}  # fmt: skip
-        values.append(np.mean([sum(draw.records[s][key]) / whole[s] for s in SPLITS]))
+        values.append(np.mean([sum(r[key]) / whole[s] for s, r in draw.records.items()]))
     return np.array(values)
 
 

@@ -29,7 +29,8 @@ from torchvision import transforms
 from common import describe, interleave, machine, ratios, show, spread, synchronize, table
 
 from diffusion.schedule import make_scheduler
-from iclevr.dataset import get_dataloader, read_objects, read_train
+from iclevr.dataset import get_dataloader
+from iclevr.labels import read_objects, read_train
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture
 from iclevr.scene import PICTURES

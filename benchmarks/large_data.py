@@ -25,7 +25,8 @@ import numpy as np
 
 from common import machine, show, spread, table
 
-from iclevr.dataset import CHECK_EACH, keep_list, list_file, read_train
+from iclevr.dataset import CHECK_EACH, keep_list, list_file
+from iclevr.labels import read_train
 from iclevr.scene import OBJECTS, PICTURES
 from render_iclevr import write_labels
 from runtime.device import pick_device

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from common import table as columns_table
 
-from iclevr.dataset import SHIPPED_EVALUATOR, SPLITS, normalize, read_conditions, read_objects
+from iclevr.dataset import SHIPPED_EVALUATOR, normalize
 from iclevr.image_cache import read_image
+from iclevr.labels import SPLITS, condition_files, read_conditions, read_objects
 from judging.evaluator import IMAGE_SIZE, Evaluation, Evaluator, evaluate, load_evaluator
 from judging.figures import save_figure, save_text
 from judging.intervals import Interval, mean_interval
@@ -75,7 +76,8 @@ class Scores(Settings):
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(GapConfig, argv)
     objects = read_objects(config.conditions)
-    labels = {split: read_conditions(config.conditions, split, objects)[1] for split in SPLITS}
+    files = condition_files(config.conditions)
+    labels = {split: read_conditions(path, objects)[1] for split, path in files.items()}
     official = read_scores(config.scores, config.pictures) if config.scores else {}
     judges = [load_evaluator(path, objects) for path in config.evaluator]
     sets = {path.name: read_pictures(path, labels) for path in config.pictures}

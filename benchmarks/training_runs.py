@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from common import machine
 
-from iclevr.dataset import find_data, read_objects, read_train
+from iclevr.dataset import find_data
+from iclevr.labels import read_objects, read_train
 from judging.bench import draw_splits, open_bench, split_records
 from judging.evaluator import load_evaluator
 from judging.intervals import mean_interval

@@ -81,7 +81,7 @@ def guidance_scales(config: SweepConfig) -> list[float]:
 
 
 def draw_once(bench: Bench, sampling: SamplingConfig, seed: int, num_fd_samples: int) -> Draw:
-    """Draw and score both splits, and the pictures of the Frechet distance."""
+    """Draw and score all conditions, and the pictures of the Frechet distance."""
     draw = Draw(split_records(draw_splits(bench, sampling, seed, progress=False)))
     if num_fd_samples:
         draw.frechet = draw_frechet(bench, sampling, seed, num_fd_samples, progress=False)
@@ -115,12 +115,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_args(SweepConfig, argv)
     scales = guidance_scales(config)
     seeds = list(range(config.seed, config.seed + config.num_seeds))
-    bench = open_bench(config.ckpt_path, config.data, config.device, config.judge)
+    bench = open_bench(
+        config.ckpt_path, config.data, config.device, config.judge, conditions=config.conditions
+    )
     config, bench = settle(config, bench, scales)
     sampler = config.sampling
     alike = SamplingConfig(**vars(sampler), guidance_scale=0.0)  # of all scales of this sweep
     key = settings_key(config.num_fd_samples, bench, alike)
     name = f"{sampler.scheduler}{sampler.num_inference_steps}-{key}"
+    name += "".join(f"-{path.stem}" for path in config.conditions)
     name += "-guided_by_the_judge" if sampler.classifier_guidance_scale else ""
     folder = config.output_dir / bench.run_name / "guidance_scale" / name
     make_folder(folder)

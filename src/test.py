@@ -2,6 +2,7 @@
 
     python src/test.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
     python src/test.py --ckpt_path ... --prompt "red sphere, cyan cube"
+    python src/test.py --ckpt_path ... --conditions my.json more.json
     python src/test.py --ckpt_path ... --from_json red-sphere_cyan-cube_seed0.json
 
 Writes output/result/<run>/<sampling>-<hash of all settings>/: images/<split>/0.png ... 31.png, a
@@ -19,10 +20,10 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from diffusion import doubts
-from iclevr.dataset import SPLITS, decode_labels, encode_labels, parse_prompt, resize
+from iclevr.dataset import resize
+from iclevr.labels import decode_labels
 from judging.bench import (
     Bench,
     BenchConfig,
@@ -35,27 +36,26 @@ from judging.bench import (
     settle,
     split_records,
 )
-from judging.drawing import Drawing, check_origin, plan, read_drawing
+from judging.drawing import Drawing, check_origin, read_drawing
 from judging.evaluator import IMAGE_SIZE, evaluate
 from judging.figures import confusion_chart, grid, pairs, save_figure, save_image, save_text, strip
 from judging.metrics import record
+from judging.prompt import draw_prompt, draw_strip
 from judging.realism import frechet_floor, nearest
 from judging.report import comparison, in_words, sum_up
 from runtime import processes
 from runtime.files import make_folder, write_json
 from runtime.provenance import provenance
-from runtime.seeds import picture_seeds
-from runtime.settings import SamplingConfig, parse_args, run, to_dict
+from runtime.settings import SamplingConfig, UserError, parse_args, run, to_dict
 from runtime.tracking import Tracker
 
 STRIP_PROMPT = ["red sphere", "cyan cylinder", "cyan cube"]
 """The scene whose way from noise to picture is shown."""
-STRIP_PICTURES = 10
 
 
 @dataclass(frozen=True)
 class TestConfig(BenchConfig):
-    """Draw and score the conditions of test.json and new_test.json."""
+    """Draw and score the conditions of test.json and new_test.json, or of other files."""
 
     __test__ = False  # not a test case, whatever pytest thinks of the name
 
@@ -63,19 +63,12 @@ class TestConfig(BenchConfig):
     """Draws of every picture; with several, accuracies are their mean and 95% interval."""
     prompt: str | None = None
     """Draw this scene instead, such as "red sphere, cyan cube"."""
+    without: str | None = None
+    """With --prompt: these objects must not come, such as "purple cylinder"."""
     from_json: Path | None = None
     """Draw a picture again, to the same bytes, from the JSON that --prompt and src/app.py write
     beside it; flags change what it says."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-
-def draw_strip(bench: Bench, sampling: SamplingConfig, names: list[str], seed: int) -> Tensor:
-    """(STRIP_PICTURES, 3, S, S): x_T ... x_0 of one scene."""
-    label = encode_labels(names, bench.checkpoint.objects)[None]
-    _, kept = bench.sample(
-        label, picture_seeds(seed, 1), sampling, num_intermediates=STRIP_PICTURES, progress=False
-    )
-    return kept[:, 0]
 
 
 def draw_denoising(bench: Bench, config: TestConfig, path: Path) -> None:
@@ -88,32 +81,8 @@ def draw_denoising(bench: Bench, config: TestConfig, path: Path) -> None:
             save_image(strip(way), path)
 
 
-def draw_prompt(bench: Bench, config: TestConfig, folder: Path) -> Path:
-    """Draw the scene of --prompt and say what the judge, if there is one, sees in it."""
-    names = parse_prompt(config.prompt, bench.checkpoint.objects)
-    images = draw_strip(bench, config.sampling, names, config.seed)
-    drawing = plan(bench, names, config.seed, config.sampling)
-    key = settings_key(0, bench, config.sampling)
-    how = f"{folder_name(replace(config, seed=0, num_seeds=1))}-{key}"
-    path = folder / "prompt" / how / f"{drawing.name}.png"
-    if processes.is_main():
-        save_image(images[-1], path)
-        write_json(path.with_suffix(".json"), to_dict(drawing))
-        save_image(strip(images), path.with_name(f"{path.stem}_steps.png"))
-        print(f"asked for: {', '.join(names)}\n{path}")
-        if bench.judge is None:
-            return path
-        detected = (bench.judge.scores(images[-1:])[0] >= bench.judge.threshold).float()
-        seen = ", ".join(decode_labels(detected, bench.checkpoint.objects)) or "nothing"
-        judge = bench.judge_name(config.sampling)
-        print(f"judge ({judge}) sees: {seen}")
-        if set(seen.split(", ")) != set(names):
-            print(f"not the same; --seed {config.seed + 1} draws another picture")
-    return path
-
-
 def draw_seed(bench: Bench, config: TestConfig, folder: Path, seed: int) -> Draw:
-    """Draw and score both splits and the pictures of the Frechet distance.
+    """Draw and score all splits and the pictures of the Frechet distance.
 
     The pictures of the first seed are written to the folder.
     """
@@ -156,10 +125,12 @@ def folder_name(config: TestConfig) -> str:
         "interval{:g}-{:g}".format(*how.guidance_interval): how.guidance_interval != (0, 1),
         f"resample{how.resample}": how.resample > 1,
         "in{:g}-{:g}".format(*how.resample_interval): how.resample_interval != (0, 1),
+        f"compose_{how.compose}": how.compose != "joint",
         f"best_of{how.best_of}": how.best_of > 1,
         f"guided_by_the_judge{how.classifier_guidance_scale:g}": how.classifier_guidance_scale,
         f"seeds{config.seed}to{last}": config.num_seeds > 1,
         f"seed{config.seed}": config.num_seeds == 1 and config.seed,
+        "conditions_" + "+".join(path.stem for path in config.conditions): config.conditions,
         f"evaluator_{evaluator}": evaluator,
         f"judge_{judge}": judge,
     }
@@ -173,14 +144,19 @@ def read_config(argv: Sequence[str] | None) -> tuple[TestConfig, Drawing | None]
         return config, None
     drawing = read_drawing(config.from_json)
     again = TestConfig(
-        prompt=", ".join(drawing.objects), seed=drawing.seed, sampling=drawing.sampling
+        prompt=", ".join(drawing.objects),
+        without=", ".join(drawing.without) or None,
+        seed=drawing.seed,
+        sampling=drawing.sampling,
     )
     return parse_args(TestConfig, argv, default=again), drawing
 
 
 def log_results(tracker: Tracker, found: dict[str, Any], folder: Path) -> None:
     """Figures and pictures, to Weights & Biases."""
-    values = {f"{s}_{f}": i.mean for s in SPLITS for f, i in found["figures"][s].items()}
+    values = {
+        f"{s}_{f}": i.mean for s, of_split in found["figures"].items() for f, i in of_split.items()
+    }
     if "frechet_distance" in found:
         values["frechet_distance"] = found["frechet_distance"].mean
     tracker.log(values)
@@ -198,17 +174,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     guided = config.sampling.classifier_guidance_scale
     bench = open_bench(
         config.ckpt_path, config.data, config.device, config.judge,
-        needs_judge=config.prompt is None or guided > 0,
+        needs_judge=config.prompt is None or guided > 0, conditions=config.conditions,
     )  # fmt: skip
     run_folder = config.output_dir / bench.run_name
     scale = config.sampling.guidance_scale
+    if config.without is not None and config.prompt is None:
+        raise UserError(f"--without {config.without!r}: goes with --prompt; name the scene there")
     if drawing and (why := check_origin(drawing, bench, str(config.from_json))):
         print(f"{config.from_json}: {why}", file=sys.stderr)
     if config.prompt is not None:
         if config.num_seeds > 1 or config.num_fd_samples:
             doubts.warn(["--prompt: draws one picture, whatever --num_seeds and --num_fd_samples"])
         config, bench = settle(replace(config, num_fd_samples=0), bench, [scale])
-        return draw_prompt(bench, config, run_folder)
+        return draw_prompt(
+            bench, config.sampling, config.prompt, config.without, config.seed,
+            run_folder / "prompt" / folder_name(replace(config, seed=0, num_seeds=1)),
+        )  # fmt: skip
     config, bench = settle(config, bench, [scale], nearest=True)
     key = settings_key(config.num_fd_samples, bench, config.sampling)
     name = f"{folder_name(config)}-{key}"

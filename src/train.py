@@ -17,7 +17,8 @@ import torch
 
 from diffusion import doubts
 from diffusion.schedule import check_steps
-from iclevr.dataset import DataPaths, find_data, get_dataloader, read_conditions, read_objects
+from iclevr.dataset import DataPaths, find_data, get_dataloader
+from iclevr.labels import condition_files, read_conditions, read_objects
 from judging.evaluator import Evaluator, load_evaluator
 from network.model import DiffusionModel, summary
 from runtime import processes
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     objects = read_objects(paths.data_dir)
     check_settings(config, paths, objects, device)
     judge, teacher = load_evaluators(config, paths, objects, device)
-    read_conditions(paths.data_dir, "test", objects)  # of the previews
+    read_conditions(condition_files(paths.data_dir)["test"], objects)  # of the previews
     check_folder(run_dir)
     loader = get_dataloader(
         paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,

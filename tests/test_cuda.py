@@ -15,7 +15,7 @@ from torch import nn
 import train
 from diffusion.sampling import sample
 from diffusion.schedule import make_scheduler
-from iclevr.dataset import SPLITS, read_conditions, read_objects
+from iclevr.labels import condition_files, read_conditions, read_objects
 from judging.evaluator import load_evaluator
 from network.checkpoint import PRETRAINED, load_checkpoint, load_model
 from network.unet import UNet2DModel
@@ -191,7 +191,8 @@ def test_pictures_and_scores_equal_the_cpus(scheduler):
     """Drawn by the network that comes with the repository."""
     data = PRETRAINED.parent
     objects = read_objects(data)
-    labels = torch.cat([read_conditions(data, split, objects)[1][:2] for split in SPLITS])
+    files = condition_files(data).values()
+    labels = torch.cat([read_conditions(path, objects)[1][:2] for path in files])
     checkpoint = load_checkpoint(PRETRAINED)
     sampling = SamplingConfig(
         scheduler=scheduler, num_inference_steps=10, mixed_precision="no", batch_size=4

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.schedule import unscale
-from runtime.settings import SchedulerConfig
+from runtime.settings import Composition, SchedulerConfig
 
 
 class Guide(Protocol):
@@ -16,30 +16,83 @@ class Guide(Protocol):
         """log p(labels | images), (N,), with gradient, of (N, 3, H, W) in [-1, 1], (N, K)."""
 
 
-def guided_prediction(
-    model: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor, guidance_scale: float
-) -> Tensor:
-    """Classifier-free guidance: eps_uncond + w (eps_cond - eps_uncond), the one place for it.
+def conditions_of(
+    labels: Tensor, guidance_scale: float, compose: Composition
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is added up for each picture: `guided_prediction`'s conditions c and weights w_c.
 
-    w = 1 is the plain conditional network, w = 0 the unconditional one; for these two only one
-    of both is run. (Ho & Salimans 2022, equation 6, call w - 1 what is w here.) For a network
-    that predicts v or x_0 the same line guides eps as well: at a given x_t both are linear in it.
+    joint   all objects asked for as one condition, weight w
+    objects each of them as a condition of its own, weight w (Liu et al. 2022, equation 11)
+    both    joint and objects, weight w / 2
+    Unwanted objects are conditions of their own with weight -w (equation 13).
+
+    Args:
+        labels: (N, K), 1 for what is asked for, -1 for what must not come.
+
+    Returns:
+        conditions (M, K) multi-hot, the picture that each belongs to (M,), weights (M,)
+    """
+    asked, n = labels.clamp(min=0), len(labels)
+    rows, objects = labels.nonzero(as_tuple=True)
+    signs = labels[rows, objects]
+    if compose == "joint":
+        rows, objects, signs = (values[signs < 0] for values in (rows, objects, signs))
+    single = torch.zeros(len(rows), labels.shape[1]).to(labels)
+    single[torch.arange(len(rows)), objects] = 1
+    share = 0.5 if compose == "both" else 1.0
+    weights = guidance_scale * torch.where(signs > 0, share * signs, signs)
+    if compose == "objects":
+        return single, rows, weights
+    joint = torch.full((n,), guidance_scale * share).to(labels)
+    every = torch.arange(n).to(rows)
+    return torch.cat([asked, single]), torch.cat([every, rows]), torch.cat([joint, weights])
+
+
+def guided_prediction(
+    model: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    labels: Tensor,
+    guidance_scale: float,
+    compose: Composition = "joint",
+) -> Tensor:
+    """Classifier-free guidance: eps_uncond + sum_c w_c (eps_c - eps_uncond), the one place for it.
+
+    Mostly there is one condition c, all objects, with w_c = w: eps_uncond + w (eps_cond -
+    eps_uncond). Then w = 1 is the plain conditional network, w = 0 the unconditional one; for
+    these two only one of both is run. (Ho & Salimans 2022, equation 6, call w - 1 what is w here.)
+    For more conditions see `conditions_of`. For a network that predicts v or x_0 the same line
+    guides eps as well: at a given x_t both are linear in it.
 
     Args:
         x_t:    (N, 3, H, W)
         t:      scalar timestep
-        labels: (N, K) multi-hot
+        labels: (N, K), 1 for each object asked for, -1 for each that must not come
 
     Returns:
         (N, 3, H, W) float32, the guided prediction
     """
-    if guidance_scale == 1:
-        return model(x_t, t, labels).float()
     if guidance_scale == 0:
         return model(x_t, t, torch.zeros_like(labels)).float()
-    both = model(torch.cat([x_t, x_t]), t, torch.cat([torch.zeros_like(labels), labels]))
-    uncond, cond = both.float().chunk(2)
-    return uncond + guidance_scale * (cond - uncond)
+    if guidance_scale == 1 and is_plain(labels, compose):
+        return model(x_t, t, labels).float()
+    conditions, rows, weights = conditions_of(labels, guidance_scale, compose)
+    y = torch.cat([torch.zeros_like(labels), conditions])
+    predictions = model(torch.cat([x_t, x_t[rows]]), t, y).float()
+    uncond, cond = predictions.split([len(x_t), len(rows)])
+    return uncond.index_add(0, rows, weights[:, None, None, None] * (cond - uncond[rows]))
+
+
+def is_plain(labels: Tensor, compose: Composition) -> bool:
+    """Whether the weights are those of one condition, with nothing unwanted."""
+    return compose == "joint" and not (labels < 0).any()
+
+
+def guided_evaluations(labels: Tensor, guidance_scale: float, compose: Composition) -> float:
+    """Evaluations of the network in one `guided_prediction`, the mean over conditions (N, K)."""
+    if guidance_scale == 0 or (guidance_scale == 1 and is_plain(labels, compose)):
+        return 1
+    return 1 + len(conditions_of(labels, guidance_scale, compose)[0]) / len(labels)
 
 
 def classifier_guidance(

@@ -26,7 +26,7 @@ LEVELS = (0.3, 0.7)
 
 def left_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Every condition without each of its objects: (N, K) -> (M, K), and its row in labels (M,)."""
-    rows, objects = labels.nonzero(as_tuple=True)
+    rows, objects = (labels > 0).nonzero(as_tuple=True)
     without = labels[rows].clone()
     without.scatter_(1, objects[:, None], 0)
     return without, rows
@@ -34,7 +34,7 @@ def left_out(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def lift_evaluations(labels: Tensor) -> float:
     """Evaluations of the network to weigh one picture, the mean over conditions (N, K)."""
-    return NUM_NOISES * (1 + labels.sum().item() / len(labels))
+    return NUM_NOISES * (1 + (labels > 0).sum().item() / len(labels))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from diffusion.guidance import Guide, classifier_guidance, guided_prediction
+from diffusion.guidance import Guide, classifier_guidance, guided_evaluations, guided_prediction
 from diffusion.lift import lift, lift_evaluations
 from diffusion.schedule import check_steps, make_scheduler, scale, unscale
 from runtime import processes
@@ -57,12 +57,14 @@ def renoise(x_prev: Tensor, t: Tensor, scheduler: Any, z: Tensor) -> Tensor:
 def evaluations(noise: SchedulerConfig, config: SamplingConfig, labels: Tensor) -> float:
     """Evaluations of the network for one picture, the mean over conditions (N, K).
 
-    A guided step takes two; of several pictures that are drawn and weighed all count.
+    A guided step takes two, composed ones more; of several pictures that are drawn and weighed
+    all count.
     """
     scheduler = make_scheduler(noise, config.scheduler)
     scheduler.set_timesteps(check_steps(noise, config))
     drawing = sum(
-        step_repeats(noise, config, t) * (1 if step_guidance(noise, config, t) in (0, 1) else 2)
+        step_repeats(noise, config, t)
+        * guided_evaluations(labels, step_guidance(noise, config, t), config.compose)
         for t in scheduler.timesteps
     )
     return drawing if config.best_of == 1 else config.best_of * (drawing + lift_evaluations(labels))
@@ -80,7 +82,7 @@ def denoise(
     """Draw one batch: yields x_T, then x_t after every step, the last one being x_0.
 
     Args:
-        labels: (N, K) on the network's device.
+        labels: (N, K) on the network's device, -1 for objects that must not come.
         generators: N on the CPU, one for each picture.
 
     Yields:
@@ -103,10 +105,12 @@ def denoise(
                 z = draw_noise(generators, model.image_size).to(device)
                 x_t = renoise(x_t, t, scheduler, z)
             with autocast(device, dtype):
-                prediction = guided_prediction(model, x_t, t.to(device), labels, guidance_scale)
+                prediction = guided_prediction(
+                    model, x_t, t.to(device), labels, guidance_scale, config.compose
+                )
             if config.classifier_guidance_scale:
                 prediction = classifier_guidance(
-                    prediction, x_t, t, labels, scheduler, noise, guide,
+                    prediction, x_t, t, labels.clamp(min=0), scheduler, noise, guide,
                     config.classifier_guidance_scale,
                 )  # fmt: skip
             x_t = scheduler.step(prediction, t, x_t, **extra).prev_sample
@@ -132,7 +136,7 @@ def sample(
     Args:
         model: the network, on its device; put into eval mode.
         noise: the schedule the network was trained with.
-        labels: (N, K) multi-hot conditions.
+        labels: (N, K) multi-hot conditions, -1 for objects that must not come.
         seeds: N seeds.
         config: scheduler, steps, guidance scale, batch size, number format.
         num_intermediates: pictures to keep on the way, evenly spaced, noise and result included;
@@ -246,7 +250,7 @@ def best_of(
         part = slice(start, min(start + config.batch_size, mine.stop))
         generators = [torch.Generator().manual_seed(derive_seed(s, 5, 0)) for s in seeds[part]]
         x_0 = scale(images[part].to(device), noise)
-        y = repeated[part].to(device)
+        y = repeated[part].clamp(min=0).to(device)
         lifts.append(lift(model, noise, x_0, y, generators, config.mixed_precision))
     scores = processes.gather(torch.cat(lifts), len(seeds)).view(-1, n)
     best = torch.arange(len(labels)) * n + scores.argmax(dim=1)

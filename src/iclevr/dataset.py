@@ -1,11 +1,10 @@
-"""i-CLEVR as the course hands it out: labels, conditions and pictures."""
+"""i-CLEVR as the course hands it out: where it lies, its pictures, batches of them."""
 
 import contextlib
-import difflib
 import hashlib
 import signal
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,22 +16,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from iclevr.image_cache import load_images
+from iclevr.labels import (
+    HOW_TO_GET_DATA,
+    SPLITS,
+    condition_files,
+    read_conditions,
+    read_objects,
+    read_train,
+)
 from iclevr.scene import OBJECTS
 from runtime import processes
-from runtime.files import atomic_write, read_json
+from runtime.files import atomic_write
 from runtime.settings import ROOT, DataConfig, UserError
 from runtime.signals import stop_signals
 
 Mode = Literal["train", "test", "new_test"]
-SPLITS = ("test", "new_test")
 SHIPPED_EVALUATOR = ROOT / "data" / "standin" / "evaluator.pth"
 """The judge that comes with the repository, trained on the stand-in."""
 CHECK_EACH = 200_000
 """Of more training pictures than this, not every file is looked at for changes at every start."""
-HOW_TO_GET_DATA = (
-    "put the course's objects.json, train.json, test.json, new_test.json and iclevr/ into data/, "
-    "or render a stand-in with: python src/render_iclevr.py"
-)
 
 
 @dataclass(frozen=True)
@@ -72,122 +74,6 @@ def find_data(config: DataConfig) -> DataPaths:
         evaluator,
         config.follow_links,
     )
-
-
-# --- labels -------------------------------------------------------------------------------------
-
-
-def read_objects(data_dir: Path) -> dict[str, int]:
-    """Read objects.json: name -> index in [0, number of objects).
-
-    Raises:
-        UserError: not a dict of names to distinct indices 0, 1, 2 ...
-    """
-    path = Path(data_dir) / "objects.json"
-    return check_objects(read_json(path, HOW_TO_GET_DATA), path)
-
-
-def check_objects(objects: Any, path: Path) -> dict[str, int]:
-    """What a file says are the objects, checked as `read_objects` says."""
-    if not isinstance(objects, dict) or not objects:
-        raise UserError(f"{path}: expected a dict of object name -> index, e.g. {{'red cube': 1}}")
-    for name, index in objects.items():
-        if not isinstance(name, str) or any(c in name for c in "/\\,\0\n"):
-            raise UserError(f"{path}: {name!r} is no name of an object; use letters and spaces")
-        if type(index) is not int:
-            raise UserError(f"{path}: index of {name!r} is {index!r}, not an integer")
-    if sorted(objects.values()) != list(range(len(objects))):
-        raise UserError(f"{path}: the indices are not 0 ... {len(objects) - 1}, each once")
-    return objects
-
-
-def encode_labels(names: Sequence[str], objects: dict[str, int]) -> Tensor:
-    """Object names -> multi-hot vector, (number of objects,) float32. The inverse: decode_labels.
-
-    Raises:
-        UserError: no names, an unknown one, or one named twice.
-    """
-    if not isinstance(names, (list, tuple)) or not names:
-        raise UserError(f"{names!r} is not a non-empty list of object names")
-    label = torch.zeros(len(objects))
-    for name in names:
-        if not isinstance(name, str) or name not in objects:
-            near = difflib.get_close_matches(str(name).lower(), objects, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(objects)}"
-            raise UserError(f"unknown object {name!r}; {hint}")
-        if label[objects[name]]:
-            raise UserError(f"object {name!r} is named twice; a scene holds each object once")
-        label[objects[name]] = 1
-    return label
-
-
-def decode_labels(label: Tensor, objects: dict[str, int]) -> list[str]:
-    """Multi-hot vector -> object names, in the order of their indices."""
-    names = {index: name for name, index in objects.items()}
-    return [names[index] for index in label.nonzero().flatten().tolist()]
-
-
-def parse_prompt(prompt: str, objects: dict[str, int]) -> list[str]:
-    """'red sphere, cyan cube' -> ['red sphere', 'cyan cube'], checked; or as a JSON list.
-
-    Raises:
-        UserError: as `encode_labels`.
-    """
-    parts = [part.strip("'\" ") for part in prompt.strip("[] ").split(",")]
-    names = [" ".join(part.split()) for part in parts]
-    remedy = "write such as 'red sphere, cyan cube'"
-    if not all(names):
-        raise UserError(f"--prompt {prompt!r}: an empty name; {remedy}")
-    try:
-        encode_labels(names, objects)
-    except UserError as error:
-        more = "" if "," in prompt else f"; of several: {remedy}"
-        raise UserError(f"--prompt {prompt!r}: {error}{more}") from None
-    return names
-
-
-def read_conditions(
-    data_dir: Path, split: str, objects: dict[str, int]
-) -> tuple[list[list[str]], Tensor]:
-    """Read test.json or new_test.json: N lists of names, and their labels (N, objects).
-
-    Raises:
-        UserError: another shape, or an entry that `encode_labels` refuses.
-    """
-    path = Path(data_dir) / f"{split}.json"
-    conditions = read_json(path, HOW_TO_GET_DATA)
-    if not isinstance(conditions, list) or not conditions:
-        raise UserError(f"{path}: expected a non-empty list of lists of object names")
-    return conditions, _encode_all(path, enumerate(conditions), objects)
-
-
-def read_train(data_dir: Path, objects: dict[str, int]) -> tuple[list[str], Tensor]:
-    """Read train.json: N file names and their labels (N, number of objects).
-
-    Raises:
-        UserError: another shape, a name that leads out of the folder, or bad object names.
-    """
-    path = Path(data_dir) / "train.json"
-    entries = read_json(path, HOW_TO_GET_DATA)
-    if not isinstance(entries, dict) or not entries:
-        raise UserError(f"{path}: expected a non-empty dict of file name -> object names")
-    for name in entries:
-        if name in ("", ".", "..") or any(c in name for c in "/\\\0:\n"):
-            raise UserError(f"{path}: {name!r} is not a plain file name")
-    return list(entries), _encode_all(path, entries.items(), objects)
-
-
-def _encode_all(path: Path, entries: Iterable[tuple[Any, Any]], objects: dict[str, int]) -> Tensor:
-    labels = []
-    for key, names in entries:
-        try:
-            labels.append(encode_labels(names, objects))
-        except UserError as error:
-            raise UserError(f"{path}: entry {key!r}: {error}") from None
-    return torch.stack(labels)
-
-
-# --- pictures -----------------------------------------------------------------------------------
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -298,7 +184,8 @@ class IclevrDataset(Dataset):
                 )  # fmt: skip
             self.images = np.load(self.cache, mmap_mode="r")  # (N, 3, S, S) uint8
         elif mode in SPLITS:
-            self.conditions, self.labels = read_conditions(data_dir, mode, self.objects)
+            path = condition_files(data_dir)[mode]
+            self.conditions, self.labels = read_conditions(path, self.objects)
         else:
             raise ValueError(f"mode {mode!r}: use train, test or new_test")
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from diffusion import doubts
 from diffusion.sampling import relay, sample, sample_steps
 from diffusion.schedule import check_steps, unscale
-from iclevr.dataset import SPLITS, DataPaths, find_data, read_conditions, read_objects
+from iclevr.dataset import DataPaths, find_data
+from iclevr.labels import condition_files, read_conditions, read_objects
 from judging.evaluator import Evaluation, Evaluator, evaluate, git_blob_hash, load_evaluator
 from judging.metrics import Record, record
 from judging.realism import Reference, draw_conditions, frechet_distance, load_reference
@@ -64,6 +65,9 @@ class BenchConfig(Settings):
     """auto: online when logged in to Weights & Biases, else offline."""
     wandb_project: str = "iclevr-ddpm"
     """Project name at Weights & Biases."""
+    conditions: tuple[Path, ...] = ()
+    """Draw the conditions of these files, lists of lists of object names like test.json, in place
+    of test.json and new_test.json."""
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -81,7 +85,8 @@ class Bench:
     guide: Evaluator | None
     """The one of --evaluator, whose gradient is followed when asked for."""
     labels: dict[str, Tensor]
-    """Split -> (32, number of objects) multi-hot conditions."""
+    """Split -> (N, number of objects) multi-hot conditions: the course's two of 32, or the files of
+    --conditions."""
     paths: DataPaths
     reference: Reference | None
     """The training pictures; None where they are not asked for or not there."""
@@ -135,12 +140,14 @@ def open_bench(
     device_name: str | None,
     judge_path: Path | None = None,
     needs_judge: bool = True,
+    conditions: Sequence[Path] = (),
 ) -> Bench:
     """Load what testing needs, but for the training pictures: see `with_reference`.
 
     Args:
         judge_path: a second evaluator, which scores instead of the data's.
         needs_judge: it is an error if there is no evaluator at all.
+        conditions: files to draw in place of test.json and new_test.json.
 
     Raises:
         UserError: anything missing, damaged, or made for other objects.
@@ -158,7 +165,8 @@ def open_bench(
     if paths.evaluator or needs_judge:
         guide = load_evaluator(paths.evaluator, objects, device)
     judge = load_evaluator(judge_path, objects, device) if judge_path else guide
-    labels = {split: read_conditions(paths.data_dir, split, objects)[1] for split in SPLITS}
+    files = condition_files(paths.data_dir, conditions)
+    labels = {split: read_conditions(path, objects)[1] for split, path in files.items()}
     model = load_model(checkpoint, ckpt_path, device)
     pretrained = ckpt_path.resolve() == PRETRAINED.resolve()
     origin = "pretrained on the stand-in; " if pretrained else ""
@@ -218,14 +226,14 @@ def settle(
 def draw_splits(
     bench: Bench, sampling: SamplingConfig, seed: int, progress: bool = True
 ) -> dict[str, tuple[Tensor, Evaluation]]:
-    """Draw and score both splits in one go: split -> (pictures (32, 3, S, S), Evaluation)."""
-    labels = torch.cat([bench.labels[split] for split in SPLITS])
+    """Draw and score all splits in one go: split -> (pictures (N, 3, S, S), Evaluation)."""
+    labels = torch.cat([*bench.labels.values()])
     seeds = picture_seeds(seed, len(labels))
     images, _ = bench.sample(labels, seeds, sampling, progress=progress)
-    parts = images.split([len(bench.labels[split]) for split in SPLITS])
+    parts = images.split([len(labels) for labels in bench.labels.values()])
     return {
-        split: (part, evaluate(bench.judge, part, bench.labels[split]))
-        for split, part in zip(SPLITS, parts, strict=True)
+        split: (part, evaluate(bench.judge, part, labels))
+        for (split, labels), part in zip(bench.labels.items(), parts, strict=True)
     }
 
 
@@ -265,7 +273,7 @@ def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) ->
 
 @dataclass
 class Draw:
-    """One draw of both splits: a record for each, and the Frechet distance if asked for."""
+    """One draw of all splits: a record for each, and the Frechet distance if asked for."""
 
     records: dict[str, Record]
     frechet: float | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion.sampling import relay
 from diffusion.schedule import StepsError, check_steps
-from iclevr.dataset import decode_labels, encode_labels
+from iclevr.labels import decode_labels, encode_condition
 from judging.bench import Bench
 from judging.evaluator import Evaluation, judge_scores
 from judging.realism import nearest
@@ -42,6 +42,8 @@ class Drawing(Settings):
     sampling: SamplingConfig
     arithmetic: str
     """Device and number format, see `Bench.arithmetic`."""
+    without: tuple[str, ...] = ()
+    """Objects that must not come."""
     guide: Hash | None = None
     """The judge, where its gradient is followed."""
     format: Literal["iclevr-picture-1"] = "iclevr-picture-1"
@@ -49,11 +51,12 @@ class Drawing(Settings):
     @property
     def name(self) -> str:
         """Of its files."""
-        name = "_".join(self.objects).replace(" ", "-")
+        names = [*self.objects, *(f"without-{name}" for name in self.without)]
+        name = "_".join(names).replace(" ", "-")
         # File systems allow 255 bytes, Windows not all characters.
         if len(name.encode("utf-8", "surrogatepass")) > 150 or set(name) & set('<>:"|?*'):
             code = zlib.crc32(name.encode("utf-8", "surrogatepass"))
-            name = f"{len(self.objects)}-objects-{code:08x}"
+            name = f"{len(names)}-objects-{code:08x}"
         return f"{name}_seed{self.seed}"
 
 
@@ -92,13 +95,19 @@ def with_steps(noise: SchedulerConfig, sampling: SamplingConfig) -> SamplingConf
     return replace(sampling, num_inference_steps=steps)
 
 
-def plan(bench: Bench, objects: Sequence[str], seed: int, sampling: SamplingConfig) -> Drawing:
+def plan(
+    bench: Bench,
+    objects: Sequence[str],
+    seed: int,
+    sampling: SamplingConfig,
+    without: Sequence[str] = (),
+) -> Drawing:
     """What is to be drawn, with all that the settings leave open.
 
     Raises:
         UserError: unknown objects, a bad seed, or steps that the sampler can't take.
     """
-    encode_labels(objects, bench.checkpoint.objects)
+    encode_condition(objects, without, bench.checkpoint.objects)
     steps = check_steps(bench.checkpoint.config.noise, sampling)
     sampling = replace(sampling, num_inference_steps=steps)
     values = {
@@ -107,6 +116,7 @@ def plan(bench: Bench, objects: Sequence[str], seed: int, sampling: SamplingConf
         "seed": seed,
         "sampling": sampling,
         "arithmetic": bench.arithmetic(sampling),
+        "without": without,
         "guide": bench.guide.blob if sampling.classifier_guidance_scale else None,
     }
     return from_dict(Drawing, values, source="")
@@ -143,7 +153,7 @@ def check_origin(drawing: Drawing, bench: Bench, source: str) -> str:
                 f"{source}: drawn with another {what}, whose file has git's hash {there[:10]} and "
                 f"not {here[:10]}; name it with {flag}"
             )
-    here = plan(bench, drawing.objects, drawing.seed, drawing.sampling).arithmetic
+    here = plan(bench, drawing.objects, drawing.seed, drawing.sampling, drawing.without).arithmetic
     if here == drawing.arithmetic:
         return ""
     return f"drawn on {drawing.arithmetic}, here on {here}: rounding may differ"
@@ -151,11 +161,12 @@ def check_origin(drawing: Drawing, bench: Bench, source: str) -> str:
 
 def draw(bench: Bench, drawing: Drawing) -> Generator[Tensor, None, Picture]:
     """Draw and judge: yields (3, S, S) in [-1, 1] after every step, returns the picture."""
-    labels = encode_labels(drawing.objects, bench.checkpoint.objects)[None]
+    known = bench.checkpoint.objects
+    labels = encode_condition(drawing.objects, drawing.without, known)[None]
     steps = bench.watch(labels, picture_seeds(drawing.seed, 1), drawing.sampling)
     images = yield from relay(steps, lambda batch: batch[0])
     scores = bench.judge.scores(images)
-    found = judge_scores(scores, labels, bench.judge.threshold, bench.checkpoint.objects)
+    found = judge_scores(scores, labels.clamp(min=0), bench.judge.threshold, known)
     return Picture(drawing, images[0], scores[0], found)
 
 

@@ -50,8 +50,11 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 SIDE, PADDING = 128, 2
 """Pixels of a picture in a grid, and white ones around it."""
-COLORS = {"test": "tab:blue", "new_test": "tab:orange"}
-"""Of both splits in all charts."""
+
+
+def split_color(number: int) -> str:
+    """Of the splits in all charts, in their order: matplotlib's own cycle."""
+    return f"C{number % 10}"
 
 
 def grid(images: Tensor, columns: int = 8, side: int = SIDE) -> Image.Image:

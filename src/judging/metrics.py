@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from iclevr.dataset import SPLITS
 from judging.evaluator import Evaluation
 from judging.intervals import Interval, accuracy_interval, mean_interval
 
@@ -75,7 +74,7 @@ def paired_difference(first: Sequence[Record], second: Sequence[Record], name: s
 
 
 def split_means(draws: Sequence[dict[str, Record]], figure: str) -> np.ndarray:
-    """(draws, pictures): shares of both splits' pictures, each row's mean being the draw's figure.
+    """(draws, pictures): shares of all splits' pictures, each row's mean being the draw's figure.
 
     The figure of a draw is the mean of its splits, which weigh alike.
 
@@ -86,11 +85,11 @@ def split_means(draws: Sequence[dict[str, Record]], figure: str) -> np.ndarray:
     rows = []
     for records in draws:
         shares = []
-        for split in SPLITS:
-            values = np.array(records[split][SHARES[figure]], dtype=float)
-            whole = sum(records[split]["total"]) if figure == "accuracy" else len(values)
+        for of_split in records.values():
+            values = np.array(of_split[SHARES[figure]], dtype=float)
+            whole = sum(of_split["total"]) if figure == "accuracy" else len(values)
             shares.append(values / whole)
-        rows.append(np.concatenate(shares) * sum(map(len, shares)) / len(SPLITS))
+        rows.append(np.concatenate(shares) * sum(map(len, shares)) / len(shares))
     return np.stack(rows)
 
 

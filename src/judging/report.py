@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from diffusion.sampling import evaluations
-from iclevr.dataset import SPLITS, decode_labels
+from iclevr.labels import decode_labels
 from judging.bench import Bench, BenchConfig, Draw, origin, settings_key
 from judging.intervals import Interval, mean_interval
 from judging.metrics import SHARES, markdown, paired_difference, summarise, table
@@ -18,10 +18,10 @@ from runtime.settings import UserError, to_dict
 
 def sum_up(bench: Bench, config: BenchConfig, draws: list[Draw]) -> dict[str, Any]:
     """The content of accuracies.json, with its intervals."""
-    of_judge = {split: [draw.records[split] for draw in draws] for split in SPLITS}
+    of_judge = {split: [draw.records[split] for draw in draws] for split in bench.labels}
     figures = {split: summarise(records) for split, records in of_judge.items()}
     objects, first = bench.checkpoint.objects, draws[0].more
-    everything = torch.cat([bench.labels[split] for split in SPLITS])
+    everything = torch.cat([*bench.labels.values()])
     report = {
         "checkpoint": str(config.ckpt_path),
         "settings": settings_key(config.num_fd_samples, bench, config.sampling),
@@ -32,10 +32,13 @@ def sum_up(bench: Bench, config: BenchConfig, draws: list[Draw]) -> dict[str, An
         "seed": config.seed,
         "num_seeds": len(draws),
         "records": of_judge,
-        "accuracy": {split: figures[split]["accuracy"] for split in SPLITS},
+        "accuracy": {split: found["accuracy"] for split, found in figures.items()},
         "figures": figures,
         "objects": sorted(objects, key=objects.__getitem__),
-        "asked": {s: [decode_labels(row, objects) for row in bench.labels[s]] for s in SPLITS},
+        "asked": {
+            split: [decode_labels(row, objects) for row in labels]
+            for split, labels in bench.labels.items()
+        },
         "seen": first.get("seen"),  # in the pictures on disk, which are the first draw's
         "confusion": sum(torch.tensor(draw.more["confusion"]) for draw in draws).tolist(),
     } | origin(bench, draws)
@@ -50,13 +53,13 @@ def sum_up(bench: Bench, config: BenchConfig, draws: list[Draw]) -> dict[str, An
         report |= {"nearest_rms": rms, "nearest_median": statistics.median(rms)}
         report["nearest_least"] = min(rms)
     if bench.judge is not bench.guide:
-        of_guide = {split: [draw.more["other"][split] for draw in draws] for split in SPLITS}
+        of_guide = {split: [draw.more["other"][split] for draw in draws] for split in of_judge}
         report["other_judge"] = {
             "judge": bench.judge_name(config.sampling, bench.guide),
             "figures": {split: summarise(records) for split, records in of_guide.items()},
             "difference": {
                 split: {f: paired_difference(of_guide[split], of_judge[split], f) for f in SHARES}
-                for split in SPLITS
+                for split in of_judge
             },
         }
     return report
@@ -86,22 +89,27 @@ def in_words(report: dict[str, Any], bench: Bench) -> str:
 
 
 def comparison(run_folder: Path) -> str:
-    """A line for every way of sampling that this run was tested with."""
-    columns = [(figure, split) for figure in SHARES for split in SPLITS]
-    rows = []
+    """A line for every way of sampling that this run was tested with.
+
+    Tests of other conditions than the course's have other columns: they get a table of their own.
+    """
+    rows_of: dict[tuple[str, ...], list[list[object]]] = {}
     for path in sorted(run_folder.glob("*/accuracies.json")):
         try:
             report = read_json(path)
             distance = "-"
             if "frechet_distance" in report:
                 distance = f"{Interval(**report['frechet_distance'])} ({report['num_fd_samples']})"
-            cells = [Interval(**report["figures"][split][figure]) for figure, split in columns]
+            figures = report["figures"]
+            columns = [(figure, split) for figure in SHARES for split in figures]
+            cells = [Interval(**figures[split][figure]) for figure, split in columns]
+            names = tuple(f"{split} {figure.replace('_', ' ')}" for figure, split in columns)
             about = [report[key] for key in ("step", "num_seeds", "judge")]
         except (UserError, KeyError, TypeError):
             what = f"{path} is damaged or of an older version; left out of the table"
             print(f"warning: {what}", file=sys.stderr)
             continue
-        rows.append([path.parent.name, *about, *cells, distance])
-    names = [f"{split} {figure.replace('_', ' ')}" for figure, split in columns]
-    head = ["sampling", "step", "seeds", "judge", *names, "Frechet distance (pictures)"]
-    return markdown(head, rows, num_texts=4)
+        rows_of.setdefault(names, []).append([path.parent.name, *about, *cells, distance])
+    first, last = ["sampling", "step", "seeds", "judge"], "Frechet distance (pictures)"
+    tables = [markdown([*first, *names, last], rows, 4) for names, rows in rows_of.items()]
+    return "\n\n".join(tables)

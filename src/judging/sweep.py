@@ -6,14 +6,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from iclevr.dataset import SPLITS
 from judging.bench import Draws
-from judging.figures import COLORS, panels, plot_intervals
+from judging.figures import panels, plot_intervals, split_color
 from judging.intervals import Interval, mean_interval
 from judging.metrics import COUNTS, SHARES, split_means, summarise
 from runtime.settings import to_dict
-
-COLUMNS = (*SPLITS, "mean")
 
 
 def indistinguishable(values: dict[float, np.ndarray], best: float) -> list[float] | None:
@@ -41,10 +38,11 @@ def summarise_sweep(draws: Draws, scales: list[float], seeds: list[int]) -> dict
     Intervals are Student's t over the seeds; for one seed, Wilson's for a split, and t over the
     pictures for the mean of the splits.
     """
+    splits = list(next(iter(draws.values())).records)
     of_scale = {scale: [draws[scale, seed] for seed in seeds] for scale in scales}
     rows = [
         {"guidance_scale": scale}
-        | {split: summarise([draw.records[split] for draw in these]) for split in SPLITS}
+        | {split: summarise([draw.records[split] for draw in these]) for split in splits}
         | {"mean": {}}
         for scale, these in of_scale.items()
     ]
@@ -72,7 +70,8 @@ def intervals(row: dict[str, Any], figure: str) -> dict[str, dict[str, float | N
     """Column -> a row's interval of a figure: of each split and their mean, or of all pictures."""
     if figure == "frechet_distance":
         return {"all": row[figure]}
-    return {column: row[column][figure] for column in COLUMNS if figure in row[column]}
+    columns = {name: found for name, found in row.items() if isinstance(found, dict)}
+    return {column: found[figure] for column, found in columns.items() if figure in found}
 
 
 def cells(row: dict[str, Any]) -> dict[str, Interval]:
@@ -114,10 +113,11 @@ def sweep_chart(report: dict[str, Any], title: str) -> Figure:
     scales = [row["guidance_scale"] for row in rows]
     figure, axes_of = panels(list(best), title, "guidance scale")
     for name, axes in axes_of.items():
-        for column in intervals(rows[0], name):
+        for number, column in enumerate(intervals(rows[0], name)):
             curve = [intervals(row, name)[column] for row in rows]
             label = None if column == "all" else column
-            plot_intervals(axes, scales, curve, color=COLORS.get(column, "black"), label=label)
+            color = "black" if column in ("all", "mean") else split_color(number)
+            plot_intervals(axes, scales, curve, color=color, label=label)
         top = best[name]["scale"]
         mean = curve[scales.index(top)]["mean"]  # of both splits, the last curve
         axes.plot(top, mean, "*", color="tab:red", markersize=15, label=f"best: {top:g}")

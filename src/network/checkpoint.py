@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from iclevr.dataset import check_objects
+from iclevr.labels import check_objects
 from network.model import DiffusionModel
 from runtime.files import atomic_write
 from runtime.settings import ROOT, TrainConfig, UserError, from_dict, to_dict

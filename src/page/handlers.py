@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from iclevr.dataset import parse_prompt
+from iclevr.labels import parse_prompt
 from judging.bench import Bench
 from judging.drawing import (
     Drawing,

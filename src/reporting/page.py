@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from iclevr.dataset import SPLITS
 from judging.figures import confusion_chart
 from judging.metrics import COUNTS
 from judging.sweep import sweep_chart
@@ -51,19 +50,22 @@ def page(run: Run, main: str | None, language: str) -> str:
     """
     tests = find_tests(run.results, run.blob, main)
     sweeps = find_sweeps(run.results, run.blob)
+    alike = [test for test in tests if [*test.figures] == [*tests[0].figures]]
+    apart = [test for test in tests if test not in alike]
     return environment(language).get_template(TEMPLATE.name).render(
         language=language,
         run=run,
         config=run.config,
         training=training(run),
         curves=training_chart(run.log),
-        tests=tests,
+        alike=alike,
         test=tests[0] if tests else None,
+        splits=list(tests[0].figures) if tests else [],
         shown=pictures(tests[0]) if tests else None,
-        compared=compare(tests) if len(tests) > 1 else None,
+        compared=compare(alike) if len(alike) > 1 else None,
+        apart=apart,
         sweeps=[(sweep, chart(sweep)) for sweep in sweeps],
         commands=commands(run),
-        splits=SPLITS,
         counts=COUNTS,
     )  # fmt: skip
 
@@ -74,7 +76,7 @@ def pictures(test: Test) -> dict[str, Any]:
     if test.objects:
         confusion = svg(confusion_chart(torch.tensor(test.confusion), test.objects, ""))
     return {
-        "scenes": {split: scenes(test, split) for split in SPLITS},
+        "scenes": {split: scenes(test, split) for split in test.figures},
         "confusion": confusion,
         "denoising": grid_uri(test.folder / "denoising.png"),
         "nearest": grid_uri(test.folder / "nearest.png"),
@@ -105,10 +107,11 @@ def compare(tests: list[Test]) -> dict[str, Any]:
     names = [test.folder.name.rpartition("-")[0] for test in tests]
     if len(set(names)) < len(names):  # the same but for network or judge: only the hash tells
         names = [test.folder.name for test in tests]
+    first = next(iter(tests[0].figures))
     return {
         "names": names,
         "chart": tests_chart(dict(zip(names, tests, strict=True))),
-        "scenes": [scenes(test, SPLITS[0])[:COMPARED] for test in tests],
+        "scenes": [scenes(test, first)[:COMPARED] for test in tests],
     }
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from iclevr.dataset import SPLITS
-from judging.figures import COLORS, PADDING, SIDE
+from judging.figures import PADDING, SIDE, split_color
 from judging.metrics import SHARES
 from reporting.results import Test
 
@@ -106,12 +105,14 @@ def tests_chart(tests: dict[str, Test]) -> str:
         1, len(SHARES), figsize=(8, 0.9 + 0.42 * len(tests)), sharey=True, layout="constrained"
     )
     for axes, figure_name in zip(axes_of, SHARES, strict=True):
-        for split, lift in zip(SPLITS, (-0.12, 0.12), strict=True):
+        splits = list(next(iter(tests.values())).figures)
+        for number, split in enumerate(splits):
+            lift, color = 0.24 * (number / len(splits) - 0.25), split_color(number)
             for y, test in enumerate(tests.values()):
                 found = test.figures[split][figure_name]
                 ends = [found.mean if end is None else end for end in (found.low, found.high)]
-                axes.plot(ends, [y + lift] * 2, color=COLORS[split], linewidth=1.2)
-                axes.plot(found.mean, y + lift, "o", color=COLORS[split], markersize=4,
+                axes.plot(ends, [y + lift] * 2, color=color, linewidth=1.2)
+                axes.plot(found.mean, y + lift, "o", color=color, markersize=4,
                           label=None if y else split)  # fmt: skip
         axes.spines[["top", "right"]].set_visible(False)
         axes.set(xlabel=f"{figure_name.replace('_', ' ')} (95% interval)")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from iclevr.labels import SPLITS
 from judging.intervals import Interval
 from judging.sweep import cells
 from runtime.files import read_json
@@ -149,6 +150,7 @@ def find_tests(results: Path, blob: str | None, main: str | None) -> list[Test]:
         UserError: none lies in a folder of the name `main`.
     """
     found = read_results(Test, results, "*/accuracies.json", blob)
+    found.sort(key=lambda test: set(test.figures) != set(SPLITS))  # the course's come first
     if main is not None:
         names = [test.folder.name for test in found]
         if main not in names:

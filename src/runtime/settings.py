@@ -76,6 +76,7 @@ TimeInterval = Annotated[
 Precision = Literal["auto", "no", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 SchedulerName = Literal["ddpm", "ddim", "dpmpp", "unipc"]
+Composition = Literal["joint", "objects", "both"]
 RecipeName = Literal["original", "small"]
 OptimizerName = Literal["adamw", "muon"]
 DownBlockType = Literal["DownBlock2D", "AttnDownBlock2D"]
@@ -183,6 +184,9 @@ class SamplerConfig(Settings):
     (RePaint, Lugmayr et al. 2022, algorithm 1). For ddpm and ddim."""
     resample_interval: TimeInterval = (0.0, 1.0)
     """Resample only where t / T lies in here."""
+    compose: Composition = "joint"
+    """How objects are asked for: joint, as one condition; objects, each as its own, predictions
+    added up (Liu et al. 2022), one evaluation for each; both, half and half."""
     best_of: Annotated[int, Field(ge=1, le=1000)] = 1
     """Draw so many pictures of every condition, and keep the one that the network itself finds to
     show it best (after CompLift, Yu & Gao 2025); no judge is asked."""

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from diffusion.sampling import sample
-from iclevr.dataset import DataPaths, read_conditions
+from iclevr.dataset import DataPaths
+from iclevr.labels import condition_files, read_conditions
 from judging.evaluator import Evaluator, evaluate
 from judging.figures import grid, save_image
 from judging.metrics import record, summarise
@@ -38,7 +39,7 @@ class Preview:
         self, config: TrainConfig, paths: DataPaths, objects: dict, judge: Evaluator | None
     ):
         self.config, self.judge = config, judge
-        _, self.labels = read_conditions(paths.data_dir, "test", objects)
+        _, self.labels = read_conditions(condition_files(paths.data_dir)["test"], objects)
         self.fd_samples = config.preview.preview_fd_samples
         if self.fd_samples:
             self.reference = load_reference(paths, judge)

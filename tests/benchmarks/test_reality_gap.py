@@ -10,7 +10,7 @@ from pytest import approx
 
 import reality_gap
 
-from iclevr.dataset import SPLITS
+from iclevr.labels import SPLITS
 
 STANDIN = Path(__file__).resolve().parents[2] / "data" / "standin"
 PEERS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "peers"

@@ -9,7 +9,7 @@ from conftest import OBJECTS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from iclevr.dataset import (
+from iclevr.labels import (
     decode_labels,
     encode_labels,
     parse_prompt,
@@ -83,7 +83,9 @@ def test_any_json(tmp_path: Path, value):
         (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     objects = right_or_refused(read_objects, tmp_path)
     assert objects is None or sorted(objects.values()) == list(range(len(objects)))
-    if (conditions := right_or_refused(read_conditions, tmp_path, "test", OBJECTS)) is not None:
+    if (
+        conditions := right_or_refused(read_conditions, tmp_path / "test.json", OBJECTS)
+    ) is not None:
         assert len(conditions[0]) == len(conditions[1]) == len(value)
     if (train := right_or_refused(read_train, tmp_path, OBJECTS)) is not None:
         for name in train[0]:

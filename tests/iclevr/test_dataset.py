@@ -14,7 +14,9 @@ from torchvision import transforms
 
 import train
 from iclevr import dataset
-from iclevr.dataset import IclevrDataset, TrainSampler, decode_labels, encode_labels, get_dataloader
+from iclevr import labels as labels_of
+from iclevr.dataset import IclevrDataset, TrainSampler, get_dataloader
+from iclevr.labels import decode_labels, encode_labels
 from runtime.settings import DataConfig, UserError
 
 COURSE = Path(__file__).resolve().parents[3] / "shared" / "course"
@@ -51,23 +53,23 @@ def test_prompt():
         json.dumps(two),
         '"red sphere", "cyan cube"',
     ):
-        assert dataset.parse_prompt(prompt, OBJECTS) == two
+        assert labels_of.parse_prompt(prompt, OBJECTS) == two
     with pytest.raises(UserError, match="of several: write such as 'red sphere, cyan cube'"):
-        dataset.parse_prompt("red sphere; cyan cube", OBJECTS)
+        labels_of.parse_prompt("red sphere; cyan cube", OBJECTS)
     with pytest.raises(UserError, match="--prompt 'red sphere,': an empty name"):
-        dataset.parse_prompt("red sphere,", OBJECTS)
+        labels_of.parse_prompt("red sphere,", OBJECTS)
 
 
 @pytest.mark.skipif(not COURSE.exists(), reason="the course's files are not here")
 def test_the_courses_files_as_handed_out():
-    objects = dataset.read_objects(COURSE)
+    objects = labels_of.read_objects(COURSE)
     assert objects == OBJECTS and list(objects) == list(OBJECTS)
-    names, labels = dataset.read_train(COURSE, objects)
+    names, labels = labels_of.read_train(COURSE, objects)
     assert len(names) == 18009 and labels.shape == (18009, 24)
     counts = [int(name.split("_")[-1][0]) + 1 for name in names]
     assert labels.sum(dim=1).tolist() == counts
     for split, total in (("test", 72), ("new_test", 84)):
-        conditions, labels = dataset.read_conditions(COURSE, split, objects)
+        conditions, labels = labels_of.read_conditions(COURSE / f"{split}.json", objects)
         assert len(conditions) == 32 and labels.sum() == total
 
 

@@ -8,15 +8,9 @@ import torch
 from conftest import OBJECTS
 from PIL import Image
 
-from iclevr.dataset import (
-    SHIPPED_EVALUATOR,
-    SPLITS,
-    encode_labels,
-    normalize,
-    read_conditions,
-    resize,
-)
+from iclevr.dataset import SHIPPED_EVALUATOR, normalize, resize
 from iclevr.image_cache import read_image
+from iclevr.labels import SPLITS, encode_labels, read_conditions
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture
 from iclevr.scene import NAMES, sample_labels
@@ -55,7 +49,7 @@ def test_it_judges_pictures_of_the_real_domain(judge):
     61 and 73 of them."""
     by_eye = {"test": 69 / 72, "new_test": 75 / 84}
     for split in SPLITS:
-        _, labels = read_conditions(COURSE, split, OBJECTS)
+        _, labels = read_conditions(COURSE / f"{split}.json", OBJECTS)
         images = [read_image(REFERENCE / split / f"{i}.png", 64) for i in range(len(labels))]
         images = normalize(torch.stack([torch.tensor(image) for image in images]))
         assert abs(evaluate(judge, images, labels).accuracy - by_eye[split]) <= 0.05
