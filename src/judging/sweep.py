@@ -12,6 +12,9 @@ from judging.intervals import Interval, mean_interval
 from judging.metrics import COUNTS, SHARES, split_means, summarise
 from runtime.settings import to_dict
 
+NO_SPLITS = "mean", "frechet_distance"
+"""Entries of a row that are not the figures of a split."""
+
 
 def indistinguishable(values: dict[float, np.ndarray], best: float) -> list[float] | None:
     """Scales that can't be told from the best one; None: a single draw tells none apart.
@@ -70,8 +73,8 @@ def intervals(row: dict[str, Any], figure: str) -> dict[str, dict[str, float | N
     """Column -> a row's interval of a figure: of each split and their mean, or of all pictures."""
     if figure == "frechet_distance":
         return {"all": row[figure]}
-    columns = {name: found for name, found in row.items() if isinstance(found, dict)}
-    return {column: found[figure] for column, found in columns.items() if figure in found}
+    splits = [name for name in row if isinstance(row[name], dict) and name not in NO_SPLITS]
+    return {column: row[column][figure] for column in (*splits, "mean") if figure in row[column]}
 
 
 def cells(row: dict[str, Any]) -> dict[str, Interval]:

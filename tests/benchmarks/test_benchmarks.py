@@ -3,11 +3,14 @@
 import importlib
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import composition
 import pytest
 from conftest import SMALL_NETWORK, error_of
+from PIL import Image
 
 import ablations
 import input_pipeline
@@ -156,3 +159,32 @@ def test_samplers_are_compared_and_draws_kept(trained, tmp_path, monkeypatch):
     assert picture.parent.name.startswith("tiny-guidance3-")
     monkeypatch.setattr(sampling_steps, "draw_splits", None)  # a second start draws nothing
     assert sampling_steps.main([str(a) for a in argv])["rows"] == report["rows"]
+
+
+def test_composition_at_equal_evaluations(trained, tmp_path, monkeypatch):
+    data, _, path = trained
+    copy = shutil.copytree(data, tmp_path / "data")
+    two = [["red cube", "cyan sphere"], ["gray cube", "blue sphere"]]
+    (copy / "unseen.json").write_text(json.dumps([["red cube"], *two, *two]))
+    (copy / "four.json").write_text(json.dumps([two[0] + two[1]]))
+    checkpoint = load_checkpoint(path)
+    noise = replace(checkpoint.config.noise, num_train_timesteps=100)
+    checkpoint = replace(checkpoint, config=replace(checkpoint.config, noise=noise))
+    save_checkpoint(tmp_path / "100.pth", checkpoint)
+    monkeypatch.setattr(composition, "STEPS", (20, 10, 5, 4, 2))
+    monkeypatch.setattr(composition, "RESAMPLED", 4)
+    argv = ["--ckpt_path", tmp_path / "100.pth", "--data_dir", copy, "--output_dir", tmp_path,
+            "--device", "cpu", "--num_seeds", 2, "--budget", 40, "--max_conditions", 4]  # fmt: skip
+    report = composition.main([str(a) for a in argv])
+    assert list(report["rows"]) == ["unseen", "four"]
+    rows = report["rows"]["four"]
+    assert {way: (row["steps"], row["evaluations"]) for way, row in rows.items()} == {
+        "joint": (20, 40), "objects": (5, 25), "both": (5, 30), "resampled": (4, 40),
+        "best of several": (4, 8 + 6 * 5),
+    }  # fmt: skip
+    assert rows["joint"]["minus_joint"]["accuracy"]["mean"] == 0
+    assert report["rows"]["unseen"]["both"]["conditions"] == 4
+    with Image.open(next(tmp_path.rglob("composition.png"))) as picture:
+        assert picture.size[0] > 800
+    monkeypatch.setattr(composition, "draw_splits", None)  # a second start draws nothing
+    assert composition.main([str(a) for a in argv])["rows"] == report["rows"]

@@ -239,6 +239,59 @@ def test_prompt_draws_one_scene(trained, tmp_path, capsys):
     assert "unknown object 'red ball'" in error_of(test.main, [*argv, "--prompt", "red ball"])
 
 
+def test_own_conditions(trained, tmp_path, capsys):
+    """Two files side by side, with everything that the course's splits get, and a sweep of one."""
+    data, _, path = trained
+    mine, pairs = tmp_path / "mine.json", tmp_path / "pairs.json"
+    mine.write_text(
+        json.dumps([["red cube"], ["cyan cube", "red sphere", "blue cube", "gray cube"]])
+    )
+    pairs.write_text(json.dumps([["red cube", "cyan sphere"]] * 3))
+    common = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path / "out",
+              "--device", "cpu", "--num_fd_samples", 0, "--wandb", "disabled"]  # fmt: skip
+    argv = [*common, "--scheduler", "ddim", "--num_inference_steps", 4, "--conditions", mine, pairs]
+    report = test.main(list(map(str, argv)))
+    assert report["asked"]["mine"][0] == ["red cube"] and len(report["asked"]["pairs"]) == 3
+    assert set(report["figures"]) == set(report["seen"]) == {"mine", "pairs"}
+    folder = result_folder(tmp_path / "out", "ddim4-guidance3-conditions_mine+pairs")
+    assert len([*folder.glob("images/mine/*.png")]) == 2
+    assert (folder / "pairs_grid.png").exists() and (folder / "confusion.png").exists()
+    assert "| pairs |" in (folder / "figures.md").read_text()
+    test.main(list(map(str, argv[:-3])))  # the course's: a table of its own
+    compared = capsys.readouterr().out
+    assert "new_test accuracy" in compared and "pairs accuracy" in compared
+    swept = guidance_scale.main(
+        [str(a) for a in [*argv[:-1], "--scale_min", 1, "--scale_max", 2, "--scale_step", 1,
+                          "--num_seeds", 2]]
+    )  # fmt: skip
+    assert set(swept["rows"][0]) == {"guidance_scale", "mine", "mean"}
+    other = tmp_path / "other" / "mine.json"
+    other.parent.mkdir()
+    other.write_bytes(mine.read_bytes())
+    assert "'mine' is taken" in error_of(test.main, [*argv[:-1], other])
+    pairs.write_text(json.dumps([["red cube", "red ball"]]))
+    assert "pairs.json: entry 0: unknown object 'red ball'" in error_of(test.main, argv)
+    assert "none.json" in error_of(test.main, [*argv[:-1], tmp_path / "none.json"])
+
+
+def test_a_prompt_without_an_object(trained, tmp_path):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--scheduler", "ddim", "--num_inference_steps", 4, "--prompt", "red cube"]  # fmt: skip
+    plain = test.main(list(map(str, argv)))
+    more = ["--without", "gray sphere, cyan cube", "--compose", "objects"]
+    picture = test.main(list(map(str, [*argv, *more])))
+    assert picture.stem == "red-cube_without-gray-sphere_without-cyan-cube_seed0"
+    assert "compose_objects" in picture.parent.name
+    assert picture.read_bytes() != plain.read_bytes()
+    again = test.main([str(a) for a in [*argv[:8], "--from_json", picture.with_suffix(".json")]])
+    assert again.name == picture.name and again.read_bytes() == picture.read_bytes()
+    both = error_of(test.main, [*argv, "--without", "red cube"])
+    assert "'red cube' is asked for and must not come" in both
+    assert "goes with --prompt" in error_of(test.main, [*argv[:-2], "--without", "red cube"])
+    assert "--without 'red ball'" in error_of(test.main, [*argv, "--without", "red ball"])
+
+
 def test_a_prompt_needs_no_judge(trained, tmp_path, monkeypatch, capsys):
     data, _, path = trained
     monkeypatch.setattr(dataset, "SHIPPED_EVALUATOR", tmp_path / "none")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import LinearModel
 
-from diffusion.guidance import guided_prediction
+from diffusion.guidance import guided_evaluations, guided_prediction
 from diffusion.loss import draw_timesteps, drop_labels, min_snr_weight, training_loss
 from diffusion.sampling import evaluations, relay, renoise, sample, sample_steps
 from diffusion.schedule import check_steps, make_scheduler, scale, unscale
@@ -94,6 +94,37 @@ def test_guidance():
     assert torch.equal(guided_prediction(model, x, t, y, 1.0), cond)
     assert torch.equal(guided_prediction(model, x, t, y, 0.0), uncond)
     assert model.calls == [4, 2, 2]  # the pass that is not needed is left out
+
+
+@pytest.mark.parametrize("compose", ["joint", "objects", "both"])
+@pytest.mark.parametrize("w", [1.0, 2.5])
+def test_composed_guidance_equals_the_sum_by_hand(compose, w):
+    """Liu et al. 2022, equations 11 and 13, one picture at a time."""
+    model, x, t = LinearModel(), torch.randn(3, 3, 8, 8), torch.tensor(7)
+    labels = torch.zeros(3, 24)
+    asked, unwanted = ([3, 20], [5], [1, 9, 23]), ([], [7, 8], [2])
+    for row, (some, others) in enumerate(zip(asked, unwanted, strict=True)):
+        labels[row, some], labels[row, others] = 1, -1
+    expected = []
+    for picture, some, others in zip(x, asked, unwanted, strict=True):
+
+        def eps(*objects, picture=picture):
+            y = torch.zeros(1, 24)
+            y[0, list(objects)] = 1
+            return model(picture[None], t, y)[0]
+
+        joint = eps(*some) - eps()
+        single = sum(eps(n) - eps() for n in some)
+        terms = {"joint": joint, "objects": single, "both": (joint + single) / 2}
+        expected.append(eps() + w * (terms[compose] - sum(eps(n) - eps() for n in others)))
+    model.calls.clear()
+    found = guided_prediction(model, x, t, labels, w, compose)
+    torch.testing.assert_close(found, torch.stack(expected))
+    terms = {"joint": 3, "objects": 6, "both": 9}[compose]
+    assert model.calls == [3 + terms + 3]  # one batch: pictures, terms, unwanted objects
+    assert guided_evaluations(labels, w, compose) == sum(model.calls) / 3
+    plain = labels.clamp(min=0)
+    assert guided_evaluations(plain, 1.0, "joint") == guided_evaluations(plain, 0.0, compose) == 1
 
 
 def by_hand(model, y, seed, config, noise=NOISE):

@@ -1,0 +1,229 @@
+"""Does a network compose? Sets and pairs that training never showed, four and five objects.
+
+    python src/render_iclevr.py --out_dir data/held_out --hold_out_sets 0.1 --hold_out_pairs 0.05
+    python src/train.py --recipe small --data_dir data/held_out --run_name held_out ...
+    python benchmarks/composition.py --data_dir data/held_out --ckpt_path output/held_out/...
+
+Draws the conditions of seen.json, unseen.json, unseen_pairs.json, four.json and five.json in
+several ways, all with about the same number of evaluations of the network for a picture: a composed
+step, which costs more of them, gets fewer steps. Writes table, chart, pictures and JSON to
+output/benchmarks/composition/<checkpoint>/; draws that are there already are not made again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from pydantic import Field
+
+from common import machine
+
+from diffusion.lift import lift_evaluations
+from diffusion.sampling import evaluations
+from iclevr.dataset import find_data
+from judging.bench import Bench, Draw, draw_splits, open_bench, settings_key, split_records
+from judging.figures import grid, save_figure, save_image, save_text, split_color
+from judging.intervals import Interval, mean_interval
+from judging.metrics import SHARES, markdown, summarise
+from network.checkpoint import PRETRAINED
+from runtime.files import make_folder, read_json, write_json
+from runtime.settings import (
+    ROOT,
+    DataConfig,
+    PositiveInt,
+    SamplingConfig,
+    Settings,
+    UserError,
+    parse_args,
+    run,
+    to_dict,
+)
+
+FILES = "seen", "unseen", "unseen_pairs", "four", "five"
+"""Conditions, each a JSON file in the data folder; those that are not there are left out."""
+STEPS = (100, 50, 25, 20, 12, 10, 5, 4)
+"""Numbers of DDPM steps; each way of sampling takes the most that the budget allows."""
+RESAMPLED = 12
+"""Steps of the ways that spend their budget otherwise."""
+
+
+@dataclass(frozen=True)
+class CompositionConfig(Settings):
+    """Accuracy on seen and unseen sets, and on four and five objects, by ways of sampling."""
+
+    ckpt_path: Path = PRETRAINED
+    """Checkpoint, of a network trained on data with sets held out; the pretrained one has seen
+    all sets of up to three objects."""
+    budget: Annotated[int, Field(ge=24)] = 96
+    """Evaluations of the network for a picture, at most."""
+    num_seeds: PositiveInt = 3
+    """Draws of every condition."""
+    max_conditions: PositiveInt = 48
+    """Of longer files, so many conditions are drawn, evenly spread."""
+    guidance_scale: float = 3.0
+    """Guidance of all objects as one condition."""
+    composed_scale: float = 2.0
+    """Guidance where objects are asked for one by one."""
+    device: str | None = None
+    """cuda, cpu ... (default: the best there is)."""
+    output_dir: Path = ROOT / "output" / "benchmarks" / "composition"
+    """Results go to a folder in here."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def fewer(labels: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many rows, evenly spread: files are ordered by the number of objects."""
+    return labels[np.linspace(0, len(labels) - 1, min(most, len(labels))).round().astype(int)]
+
+
+def ways(
+    config: CompositionConfig, bench: Bench, labels: torch.Tensor
+) -> dict[str, SamplingConfig]:
+    """Name -> how to sample these conditions within the budget."""
+    noise = bench.checkpoint.config.noise
+    plain = SamplingConfig(guidance_scale=config.guidance_scale)
+
+    def longest(sampling: SamplingConfig) -> SamplingConfig:
+        for steps in STEPS:
+            found = replace(sampling, num_inference_steps=steps)
+            if evaluations(noise, found, labels) <= config.budget:
+                return found
+        raise UserError(f"--budget {config.budget}: too little for {STEPS[-1]} composed steps")
+
+    one = 2 * RESAMPLED
+    composed = replace(plain, guidance_scale=config.composed_scale)
+    best = max(1, int(config.budget // (one + lift_evaluations(labels))))
+    again = replace(plain, num_inference_steps=RESAMPLED)
+    return {
+        "joint": longest(plain),
+        "objects": longest(replace(composed, compose="objects")),
+        "both": longest(replace(composed, compose="both")),
+        "resampled": replace(again, resample=config.budget // one),
+        "best of several": replace(again, best_of=best),
+    }
+
+
+def draw(
+    config: CompositionConfig, bench: Bench, file: str, way: str, sampling: SamplingConfig,
+    folder: Path,
+) -> list[Draw]:  # fmt: skip
+    """A draw for each seed, kept in files of their own; pictures of the first."""
+    bench = replace(bench, labels={file: fewer(bench.labels[file], config.max_conditions)})
+    draws = []
+    for seed in range(config.num_seeds):
+        path = folder / "draws" / f"{file}-{way.replace(' ', '_')}-seed{seed}.json"
+        key = settings_key(0, bench, sampling)
+        if not path.exists() or read_json(path)["more"].get("settings") != key:
+            print(f"{file}, {way}, seed {seed}", flush=True)
+            splits = draw_splits(bench, sampling, seed)
+            if seed == 0:
+                save_image(grid(splits[file][0], columns=12), path.with_suffix(".png"))
+            write_json(path, vars(Draw(split_records(splits), more={"settings": key})))
+        draws.append(Draw(**read_json(path)))
+    return draws
+
+
+def differences(draws: dict[str, list[Draw]], first: str) -> dict[str, dict[str, Interval]]:
+    """Way -> figure -> how much better than `first`, paired by picture over all draws."""
+    found: dict[str, dict[str, Interval]] = {}
+    for way, these in draws.items():
+        found[way] = {}
+        for figure, key in SHARES.items():
+            a, b = (
+                np.array([next(iter(d.records.values()))[key] for d in which], dtype=float)
+                for which in (these, draws[first])
+            )
+            total = np.mean(next(iter(these[0].records.values()))["total"])
+            whole = total if figure == "accuracy" else 1.0
+            found[way][figure] = mean_interval((a - b).ravel() / whole)
+    return found
+
+
+def chart(report: dict[str, Any], path: Path) -> None:
+    """Accuracy and exact sets of all ways, side by side for each file of conditions."""
+    rows = report["rows"]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
+    for axes, name in zip(panels, SHARES, strict=True):
+        for number, way in enumerate(next(iter(rows.values()))):
+            for place, of_file in enumerate(rows.values()):
+                interval = of_file[way][name]
+                x = place + 0.14 * (number - 2)
+                ends = [interval[end] if interval[end] is not None else interval["mean"]
+                        for end in ("low", "high")]  # fmt: skip
+                axes.plot([x, x], ends, color=split_color(number))
+                axes.plot(x, interval["mean"], "o", color=split_color(number), markersize=4,
+                          label=None if place else way)  # fmt: skip
+        axes.set_xticks(range(len(rows)), [file.replace("_", " ") for file in rows])
+        axes.set(title=f"{name.replace('_', ' ')} (95% interval)", ylim=(0, 1))
+        axes.grid(alpha=0.3, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(fontsize=8)
+    figure.suptitle(report["title"], fontsize=9)
+    save_figure(figure, path)
+
+
+def in_words(report: dict[str, Any]) -> str:
+    """The table: a row for every file and way."""
+    head = ["conditions", "sampling", "steps", "evaluations", "accuracy", "exact sets",
+            "accuracy minus joint"]  # fmt: skip
+    lines = []
+    for file, of_file in report["rows"].items():
+        for way, row in of_file.items():
+            cells = (Interval(**row[figure]) for figure in SHARES)
+            less = "" if way == "joint" else Interval(**row["minus_joint"]["accuracy"])
+            about = [f"{file} ({row['conditions']})", way, row["steps"]]
+            lines.append([*about, f"{row['evaluations']:.0f}", *cells, less])
+    return f"{report['title']}\n\n{markdown(head, lines, num_texts=2)}"
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    config = parse_args(CompositionConfig, argv)
+    data_dir = find_data(config.data).data_dir
+    files = [data_dir / f"{file}.json" for file in FILES]
+    files = [path for path in files if path.exists()]
+    if not files:
+        raise UserError(
+            f"{data_dir}: none of {', '.join(FILES)}.json; render some: python "
+            "src/render_iclevr.py --out_dir data/held_out --hold_out_sets 0.1 --hold_out_pairs 0.05"
+        )
+    bench = open_bench(config.ckpt_path, config.data, config.device, conditions=files)
+    folder = config.output_dir / f"{bench.run_name}-{bench.blob[:10]}"
+    make_folder(folder)
+    noise, rows = bench.checkpoint.config.noise, {}
+    for file, labels in bench.labels.items():
+        labels = fewer(labels, config.max_conditions)
+        how = ways(config, bench, labels)
+        draws = {way: draw(config, bench, file, way, how[way], folder) for way in how}
+        less = differences(draws, "joint")
+        rows[file] = {
+            way: summarise([d.records[file] for d in these])
+            | {
+                "conditions": len(labels),
+                "steps": how[way].num_inference_steps,
+                "evaluations": evaluations(noise, how[way], labels),
+                "minus_joint": less[way],
+                "sampling": how[way],
+            }
+            for way, these in draws.items()
+        }
+    report = to_dict({
+        "title": f"{bench.run_name}, step {bench.checkpoint.step}, DDPM, guidance "
+        f"{config.guidance_scale:g} (composed {config.composed_scale:g}), "
+        f"{config.num_seeds} seeds, judge: {bench.judge.name}",
+        "checkpoint": str(config.ckpt_path),
+        "machine": machine(bench.device),
+        "rows": rows,
+    })  # fmt: skip
+    write_json(folder / "composition.json", report)
+    save_text(in_words(report), folder / "composition.md")
+    chart(report, folder / "composition.png")
+    print(f"{in_words(report)}\n\n{folder}")
+    return report
+
+
+if __name__ == "__main__":
+    run(main)
