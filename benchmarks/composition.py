@@ -26,6 +26,7 @@ from diffusion.lift import lift_evaluations
 from diffusion.sampling import evaluations
 from iclevr.dataset import find_data
 from judging.bench import Bench, Draw, draw_splits, open_bench, settings_key, split_records
+from judging.drawing import with_steps
 from judging.figures import grid, save_figure, save_image, save_text, split_color
 from judging.intervals import Interval, mean_interval
 from judging.metrics import SHARES, markdown, summarise
@@ -89,20 +90,20 @@ def ways(
 
     def longest(sampling: SamplingConfig) -> SamplingConfig:
         for steps in STEPS:
-            found = replace(sampling, num_inference_steps=steps)
+            found = with_steps(noise, replace(sampling, num_inference_steps=steps))
             if evaluations(noise, found, labels) <= config.budget:
                 return found
         raise UserError(f"--budget {config.budget}: too little for {STEPS[-1]} composed steps")
 
-    one = 2 * RESAMPLED
     composed = replace(plain, guidance_scale=config.composed_scale)
+    again = with_steps(noise, replace(plain, num_inference_steps=RESAMPLED))
+    one = evaluations(noise, again, labels)
     best = max(1, int(config.budget // (one + lift_evaluations(labels))))
-    again = replace(plain, num_inference_steps=RESAMPLED)
     return {
         "joint": longest(plain),
         "objects": longest(replace(composed, compose="objects")),
         "both": longest(replace(composed, compose="both")),
-        "resampled": replace(again, resample=config.budget // one),
+        "resampled": replace(again, resample=max(1, int(config.budget // one))),
         "best of several": replace(again, best_of=best),
     }
 
