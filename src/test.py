@@ -2,6 +2,7 @@
 
     python src/test.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
     python src/test.py --ckpt_path ... --prompt "red sphere, cyan cube"
+    python src/test.py --ckpt_path ... --add "green cube" --to scene.png
     python src/test.py --ckpt_path ... --conditions my.json more.json
     python src/test.py --ckpt_path ... --from_json red-sphere_cyan-cube_seed0.json
 
@@ -40,7 +41,7 @@ from judging.drawing import Drawing, check_origin, read_drawing
 from judging.evaluator import IMAGE_SIZE, evaluate
 from judging.figures import confusion_chart, grid, pairs, save_figure, save_image, save_text, strip
 from judging.metrics import record
-from judging.prompt import draw_prompt, draw_strip
+from judging.prompt import draw_addition, draw_prompt, draw_strip
 from judging.realism import frechet_floor, nearest
 from judging.report import comparison, in_words, sum_up
 from runtime import processes
@@ -65,6 +66,11 @@ class TestConfig(BenchConfig):
     """Draw this scene instead, such as "red sphere, cyan cube"."""
     without: str | None = None
     """With --prompt: these objects must not come, such as "purple cylinder"."""
+    add: str | None = None
+    """Add these objects, such as "green cube", to the picture of --to; what else it shows is told
+    by --prompt, by the JSON beside it, or by the judge."""
+    to: Path | None = None
+    """The picture of --add: a PNG such as --prompt and src/app.py write."""
     from_json: Path | None = None
     """Draw a picture again, to the same bytes, from the JSON that --prompt and src/app.py write
     beside it; flags change what it says."""
@@ -152,6 +158,19 @@ def read_config(argv: Sequence[str] | None) -> tuple[TestConfig, Drawing | None]
     return parse_args(TestConfig, argv, default=again), drawing
 
 
+def check_together(config: TestConfig) -> None:
+    """Flags that need each other.
+
+    Raises:
+        UserError: one is there without the other.
+    """
+    if config.without is not None and (config.prompt is None or config.add is not None):
+        raise UserError(f"--without {config.without!r}: goes with --prompt; name the scene there")
+    if (config.add is None) != (config.to is None):
+        given = f"--to {config.to}" if config.add is None else f"--add {config.add!r}"
+        raise UserError(f'{given}: use both, as in --add "green cube" --to scene.png')
+
+
 def log_results(tracker: Tracker, found: dict[str, Any], folder: Path) -> None:
     """Figures and pictures, to Weights & Biases."""
     values = {
@@ -171,24 +190,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     Of several processes only the first one writes and returns something.
     """
     config, drawing = read_config(argv)
+    check_together(config)
     guided = config.sampling.classifier_guidance_scale
     bench = open_bench(
         config.ckpt_path, config.data, config.device, config.judge,
-        needs_judge=config.prompt is None or guided > 0, conditions=config.conditions,
+        needs_judge=config.prompt is None is config.add or guided > 0, conditions=config.conditions,
     )  # fmt: skip
     run_folder = config.output_dir / bench.run_name
     scale = config.sampling.guidance_scale
-    if config.without is not None and config.prompt is None:
-        raise UserError(f"--without {config.without!r}: goes with --prompt; name the scene there")
     if drawing and (why := check_origin(drawing, bench, str(config.from_json))):
         print(f"{config.from_json}: {why}", file=sys.stderr)
-    if config.prompt is not None:
+    if config.prompt is not None or config.add is not None:
         if config.num_seeds > 1 or config.num_fd_samples:
-            doubts.warn(["--prompt: draws one picture, whatever --num_seeds and --num_fd_samples"])
+            doubts.warn(
+                ["--prompt and --add: draw one picture, whatever --num_seeds and --num_fd_samples"]
+            )
         config, bench = settle(replace(config, num_fd_samples=0), bench, [scale])
+        how = folder_name(replace(config, seed=0, num_seeds=1))
+        if config.add is not None:
+            return draw_addition(
+                bench, config.sampling, config.to, config.add, config.prompt, config.seed,
+                run_folder / "added" / how,
+            )  # fmt: skip
         return draw_prompt(
             bench, config.sampling, config.prompt, config.without, config.seed,
-            run_folder / "prompt" / folder_name(replace(config, seed=0, num_seeds=1)),
+            run_folder / "prompt" / how,
         )  # fmt: skip
     config, bench = settle(config, bench, [scale], nearest=True)
     key = settings_key(config.num_fd_samples, bench, config.sampling)

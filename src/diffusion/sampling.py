@@ -1,12 +1,12 @@
 """From noise to pictures: the one `sample`."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from diffusion.guidance import Guide, classifier_guidance, guided_evaluations, guided_prediction
@@ -21,6 +21,31 @@ from runtime.settings import SamplerConfig, SamplingConfig, SchedulerConfig, Use
 T, U, V = TypeVar("T"), TypeVar("U"), TypeVar("V")
 
 
+@dataclass(frozen=True)
+class Inpainting:
+    """Only a part of each picture is drawn, the rest is held to a picture that is there already."""
+
+    x_0: Tensor
+    """(N, 3, S, S) pictures as the network sees them, see `scale`."""
+    free: Tensor
+    """(N, 1, S, S) in [0, 1]: 1 where the picture is drawn, 0 where it is held."""
+
+    def rows(self, which: Any) -> "Inpainting":
+        """That of some of the pictures."""
+        return Inpainting(self.x_0[which], self.free[which])
+
+    def hold(self, x_t: Tensor, alpha_bar: Tensor, z: Tensor) -> Tensor:
+        """x_t with all that is not free noised from x_0 (Lugmayr et al. 2022, algorithm 1, line 5).
+
+        Args:
+            alpha_bar: alphas_cumprod at the noise level of x_t; 1 for pictures without noise.
+            z: (N, 3, S, S) standard normal noise.
+        """
+        alpha_bar, free = alpha_bar.to(x_t.device), self.free.to(x_t.device)
+        around = alpha_bar.sqrt() * self.x_0.to(x_t.device) + (1 - alpha_bar).sqrt() * z
+        return free * x_t + (1 - free) * around
+
+
 def step_repeats(noise: SchedulerConfig, config: SamplerConfig, t: Tensor | int) -> int:
     """How many times the step from timestep `t` is taken, see `renoise`."""
     first, last = config.resample_interval
@@ -31,6 +56,18 @@ def step_guidance(noise: SchedulerConfig, config: SamplingConfig, t: Tensor | in
     """The guidance scale at timestep `t`."""
     first, last = config.guidance_interval
     return config.guidance_scale if first <= t / noise.num_train_timesteps <= last else 1.0
+
+
+def alpha_bar_after(scheduler: Any, t: Tensor) -> Tensor:
+    """alphas_cumprod at the end of the step from `t`; 1 after the last one, whose end is x_0."""
+    if isinstance(scheduler, DDIMScheduler):
+        previous = t - len(scheduler.alphas_cumprod) // scheduler.num_inference_steps
+    elif isinstance(scheduler, DDPMScheduler):
+        previous = scheduler.previous_timestep(t)
+    else:  # the solvers keep a list
+        later = scheduler.timesteps[scheduler.timesteps < t]
+        previous = later[0] if len(later) else -1
+    return scheduler.alphas_cumprod[previous] if previous >= 0 else torch.tensor(1.0)
 
 
 def renoise(x_prev: Tensor, t: Tensor, scheduler: Any, z: Tensor) -> Tensor:
@@ -44,13 +81,7 @@ def renoise(x_prev: Tensor, t: Tensor, scheduler: Any, z: Tensor) -> Tensor:
         x_prev: (N, 3, H, W), what the step of `scheduler` from `t` gave.
         z: (N, 3, H, W) standard normal noise.
     """
-    if isinstance(scheduler, DDIMScheduler):
-        previous = t - len(scheduler.alphas_cumprod) // scheduler.num_inference_steps
-    else:
-        previous = scheduler.previous_timestep(t)
-    a = scheduler.alphas_cumprod[t]
-    if previous >= 0:  # before the first step stands x_0, whose alphas_cumprod is 1
-        a = a / scheduler.alphas_cumprod[previous]
+    a = scheduler.alphas_cumprod[t] / alpha_bar_after(scheduler, t)
     return a.sqrt().to(x_prev.device) * x_prev + (1 - a).sqrt().to(x_prev.device) * z
 
 
@@ -78,6 +109,7 @@ def denoise(
     generators: Sequence[torch.Generator],
     config: SamplingConfig,
     guide: Guide | None = None,
+    inpainting: Inpainting | None = None,
 ) -> Iterator[Tensor]:
     """Draw one batch: yields x_T, then x_t after every step, the last one being x_0.
 
@@ -114,6 +146,9 @@ def denoise(
                     config.classifier_guidance_scale,
                 )  # fmt: skip
             x_t = scheduler.step(prediction, t, x_t, **extra).prev_sample
+            if inpainting is not None:
+                z = draw_noise(generators, model.image_size).to(device)
+                x_t = inpainting.hold(x_t, alpha_bar_after(scheduler, t), z)
         yield x_t
 
 
@@ -126,6 +161,7 @@ def sample(
     num_intermediates: int = 0,
     progress: bool = True,
     guide: Guide | None = None,
+    inpainting: Inpainting | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw pictures for conditions: from noise to x_0 with guidance.
 
@@ -143,12 +179,14 @@ def sample(
             more than there are steps repeat some.
         progress: show a progress bar.
         guide: whose gradient is followed if config.classifier_guidance_scale is not 0.
+        inpainting: draw only a part of each picture.
 
     Returns:
         pictures (N, 3, S, S) float32 in [-1, 1] on the CPU, and the kept x_t
         (num_intermediates, N, 3, S, S), clipped to [-1, 1] as well.
     """
-    steps = sample_steps(model, noise, labels, seeds, config, num_intermediates, progress, guide)
+    more = num_intermediates, progress, guide, inpainting
+    steps = sample_steps(model, noise, labels, seeds, config, *more)
     while True:
         try:
             next(steps)
@@ -166,6 +204,7 @@ def sample_steps(
     num_intermediates: int = 0,
     progress: bool = True,
     guide: Guide | None = None,
+    inpainting: Inpainting | None = None,
 ) -> Generator[Tensor, None, tuple[Tensor, Tensor]]:
     """As `sample`, one step at a time: whoever watches may show each, or go away.
 
@@ -177,11 +216,8 @@ def sample_steps(
         what `sample` returns.
     """
     if config.best_of > 1:
-        return (
-            yield from best_of(
-                model, noise, labels, seeds, config, num_intermediates, progress, guide
-            )
-        )
+        more = num_intermediates, progress, guide
+        return (yield from best_of(model, noise, labels, seeds, config, inpainting, *more))
     if config.classifier_guidance_scale and guide is None:
         raise ValueError("classifier_guidance_scale needs a guide")
     if len(labels) != len(seeds):
@@ -193,6 +229,7 @@ def sample_steps(
 
     count, mine = len(seeds), processes.shard(len(seeds))
     labels, seeds = labels[mine], seeds[mine]
+    inpainting = inpainting and inpainting.rows(mine)
     pictures = [torch.empty(0, 3, size, size)]  # of a process without a share
     intermediates = [torch.empty(num_intermediates, 0, 3, size, size)]
     starts = range(0, len(seeds), config.batch_size)
@@ -203,7 +240,8 @@ def sample_steps(
             batch = slice(start, start + config.batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
             y, kept = labels[batch].to(device), []
-            for done, x_t in enumerate(denoise(model, noise, y, generators, config, guide)):
+            part = inpainting and inpainting.rows(batch)
+            for done, x_t in enumerate(denoise(model, noise, y, generators, config, guide, part)):
                 kept += [x_t.cpu()] * kept_steps.count(done)
                 bar.update(done > 0)
                 yield x_t
@@ -232,6 +270,7 @@ def best_of(
     labels: Tensor,
     seeds: Sequence[int],
     config: SamplingConfig,
+    inpainting: Inpainting | None,
     *more: Any,
 ) -> Generator[Tensor, None, tuple[Tensor, Tensor]]:
     """Draw `config.best_of` pictures of every condition and keep the one with the highest `lift`.
@@ -243,7 +282,9 @@ def best_of(
     seeds = [s if k == 0 else derive_seed(s, 4, k) for s in seeds for k in range(n)]
     repeated = labels.repeat_interleave(n, dim=0)
     one = replace(config, best_of=1)
-    images, kept = yield from sample_steps(model, noise, repeated, seeds, one, *more)
+    if inpainting is not None:
+        inpainting = inpainting.rows(torch.arange(len(labels)).repeat_interleave(n))
+    images, kept = yield from sample_steps(model, noise, repeated, seeds, one, *more, inpainting)
     device, mine = next(model.parameters()).device, processes.shard(len(seeds))
     lifts = [torch.empty(0)]  # of a process without a share
     for start in range(mine.start, mine.stop, config.batch_size):

@@ -292,6 +292,34 @@ def test_a_prompt_without_an_object(trained, tmp_path):
     assert "--without 'red ball'" in error_of(test.main, [*argv, "--without", "red ball"])
 
 
+def test_an_object_is_added(tmp_path, capsys):
+    """With the pretrained network and its judge, as a user would."""
+    argv = ["--output_dir", tmp_path, "--device", "cpu", "--data_dir", SHIPPED_EVALUATOR.parent]
+    few = ["--num_inference_steps", 12, "--scheduler", "ddpm"]
+    first = test.main([str(a) for a in [*argv, *few, "--prompt", "blue cube", "--seed", 1]])
+    added = [*argv, *few, "--resample", 4, "--add", "red sphere", "--to", first]
+    picture = test.main(list(map(str, added)))
+    out = capsys.readouterr().out
+    assert "the picture shows: blue cube (its JSON)" in out
+    assert "no value changed by more than 0 of 255" in out
+    report = json.loads(picture.with_suffix(".json").read_text())
+    assert "blue cube" in report["seen"] and report["added"] == ["red sphere"]
+    before, after = (np.asarray(Image.open(path)).astype(int) for path in (first, picture))
+    changed = (np.abs(after - before).max(-1) > 0).mean()
+    assert 0 < changed <= report["share_drawn_anew"] < 0.2
+    assert picture.with_name(f"{picture.stem}_steps.png").exists()
+    plain = tmp_path / "plain.png"
+    shutil.copy(first, plain)
+    main = test.main
+    assert "is in the picture already" in error_of(main, [*added[:-3], "blue cube", "--to", plain])
+    assert "the picture shows: blue cube (judge: stand-in)" in capsys.readouterr().out
+    assert "--add 'red ball'" in error_of(main, [*added[:-3], "red ball", "--to", plain])
+    assert "use both" in error_of(main, added[:-2])
+    assert "none.png" in error_of(main, [*added[:-1], tmp_path / "none.png"])
+    Image.new("RGB", (64, 64), (166, 166, 166)).save(plain)
+    assert "the judge sees no object" in error_of(main, [*added[:-1], plain])
+
+
 def test_a_prompt_needs_no_judge(trained, tmp_path, monkeypatch, capsys):
     data, _, path = trained
     monkeypatch.setattr(dataset, "SHIPPED_EVALUATOR", tmp_path / "none")

@@ -80,6 +80,6 @@ def test_commands_say_their_doubts_and_go_on(world, tmp_path, capsys):
         test.main([*argv, "--guidance_scale", str(scale), "--prompt", "red cube"])
         assert (guidance in capsys.readouterr().err) is said
     test.main([*argv, "--prompt", "red cube", "--num_seeds", "2"])
-    assert "warning: --prompt: draws one picture" in capsys.readouterr().err
+    assert "warning: --prompt and --add: draw one picture" in capsys.readouterr().err
     guidance_scale.main([*argv, "--scale_max", "1.5", "--num_seeds", "1"])
     assert guidance in capsys.readouterr().err

@@ -21,7 +21,7 @@ import train
 from network.checkpoint import load_checkpoint
 from training.run_folder import latest_checkpoint, latest_whole_checkpoint
 
-KILLS = ("while it writes", "at random", "SIGTERM", "while it writes", "at random")
+KILLS = ("while it writes", "SIGTERM", "at random")
 
 
 def flags_of(data: Path, output: Path) -> list[str]:
