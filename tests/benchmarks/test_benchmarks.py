@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import adding
 import composition
 import pytest
 from conftest import SMALL_NETWORK, error_of
@@ -188,3 +189,25 @@ def test_composition_at_equal_evaluations(trained, tmp_path, monkeypatch):
         assert picture.size[0] > 800
     monkeypatch.setattr(composition, "draw_splits", None)  # a second start draws nothing
     assert composition.main([str(a) for a in argv])["rows"] == report["rows"]
+
+
+def test_objects_are_added(trained, tmp_path, monkeypatch):
+    data, _, path = trained
+    one = {"each step once": adding.SamplingConfig(scheduler="ddim", num_inference_steps=4)}
+    monkeypatch.setattr(adding, "WAYS", one)
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--num_seeds", 2, "--num_pictures", 3]  # fmt: skip
+    # The tiny world's pictures are noise, in which no place is free; and its labels no sequences.
+    copy = shutil.copytree(data, tmp_path / "data")
+    argv[3] = copy
+    assert "no sequence" in error_of(adding.main, argv)
+    train = json.loads((copy / "train.json").read_text())
+    names = ["red cube", "cyan sphere", "gray cube"]
+    for i, name in enumerate(train):
+        train[name] = names[: i % 3 + 1]
+        Image.new("RGB", (20, 15), (120, 120, 120)).save(copy / "iclevr" / name)
+    (copy / "train.json").write_text(json.dumps(train))
+    report = adding.main([str(a) for a in argv])
+    row = report["rows"]["each step once"]
+    assert row["evaluations"] == 8 and all(0 <= row[name]["mean"] <= 1 for name in adding.FIGURES)
+    assert [*tmp_path.rglob("each_step_once.png")] and [*tmp_path.rglob("adding.md")]

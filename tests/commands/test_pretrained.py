@@ -11,7 +11,7 @@ import demo
 import guidance_scale
 import test
 import train
-from iclevr.scene import make_conditions
+from iclevr.scene import make_conditions, make_large_conditions
 from network.checkpoint import PRETRAINED, load_checkpoint
 
 STANDIN = PRETRAINED.parent
@@ -29,6 +29,8 @@ def test_conditions_are_the_renderer_s():
     read = {p: json.loads((STANDIN / f"{p}.json").read_text()) for p in ("test", "new_test")}
     assert [read["test"], read["new_test"]] == list(make_conditions(0))
     assert json.loads((STANDIN / "objects.json").read_text()) == OBJECTS
+    for name, conditions in make_large_conditions(0).items():
+        assert json.loads((STANDIN / f"{name}.json").read_text()) == conditions
 
 
 def test_it_draws_what_is_asked_for(conditions, capsys):
