@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     alike = SamplingConfig(**vars(sampler), guidance_scale=0.0)  # of all scales of this sweep
     key = settings_key(config.num_fd_samples, bench, alike)
     name = f"{sampler.scheduler}{sampler.num_inference_steps}-{key}"
-    name += "".join(f"-{path.stem}" for path in config.conditions)
+    name += "".join(f"-{path.stem}" for path in config.conditions or ())
     name += "-guided_by_the_judge" if sampler.classifier_guidance_scale else ""
     folder = config.output_dir / bench.run_name / "guidance_scale" / name
     make_folder(folder)

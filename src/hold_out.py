@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from iclevr.dataset import find_data
-from iclevr.held_out import choose_held_out, held_out_conditions
+from iclevr.held_out import HELD_OUT_FILES, NOTHING, choose_held_out, held_out_conditions
 from iclevr.labels import (
     condition_files,
     decode_labels,
@@ -70,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     keep = [frozenset(c) for split in conditions.values() for c in split]
     sets = set(map(frozenset, shows.values()))
     held_out = choose_held_out(sets, keep, config.hold_out_sets, config.hold_out_pairs, config.seed)
+    if held_out == NOTHING:
+        raise UserError(
+            f"--hold_out_sets {config.hold_out_sets}: is none of the {len(sets)} sets of "
+            f"{paths.data_dir / 'train.json'}, or test.json and new_test.json need all; use more"
+        )
     train = {name: found for name, found in shows.items() if not held_out.holds(found)}
     if not train:
         raise UserError(
@@ -80,15 +85,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     files = {"objects": objects, "train": train, **conditions}
     files |= held_out_conditions(held_out, shown, keep, config.seed)
     make_folder(config.out_dir, "--out_dir")
+    for name in set(HELD_OUT_FILES) - set(files):  # of an earlier choice
+        (config.out_dir / f"{name}.json").unlink(missing_ok=True)
     for name, content in files.items():
         write_json(config.out_dir / f"{name}.json", content)
 
     found = {name: len(content) for name, content in files.items() if name != "objects"}
     print(f"{len(train)} of {len(names)} pictures stay in {config.out_dir / 'train.json'}")
-    tests = [config.out_dir / f"{n}.json" for n in ("seen", "unseen", "unseen_pairs") if n in found]
+    tests = [config.out_dir / f"{n}.json" for n in HELD_OUT_FILES if n in found]
     print("".join(f"{found[path.stem]:6} conditions in {path}\n" for path in tests), end="")
     data = ["--data_dir", config.out_dir, "--image_dir", paths.image_dir]
     data += ["--evaluator", paths.evaluator] if paths.evaluator else []
+    data += ["--follow_links"] if paths.follow_links else []
     print(f"python src/train.py {shlex.join(map(str, data))} ...")
     print(f"python src/test.py {shlex.join(map(str, [*data, '--conditions', *tests]))} ...")
     return found

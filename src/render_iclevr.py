@@ -69,6 +69,8 @@ from runtime.settings import (
 
 FOLLOWED = "seed", "width", "height", "samples", "max_objects", "hold_out_sets", "hold_out_pairs"
 """Settings that change the pictures."""
+CHECKED = 100
+"""Sequences whose labels are looked for before anything is rendered: can there be any?"""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class RenderConfig(Settings):
     max_objects: Annotated[int, Field(ge=PICTURES, le=MOST_PICTURES)] = PICTURES
     """Objects in the last picture of a sequence, which has as many pictures."""
     hold_out_sets: Probability = 0.0
-    """Share of all sets of two and of three objects that no picture shows; they become unseen.json,
-    beside as many that some do, seen.json."""
+    """Share of the sets of two and of three objects that no picture shows; they become unseen.json,
+    beside as many that some do, seen.json. Sets with a held-out pair do not count."""
     hold_out_pairs: Probability = 0.0
     """Share of all pairs of objects that stand together in no picture; they become
     unseen_pairs.json."""
@@ -111,7 +113,13 @@ def hold_out(seed: int, share_sets: float, share_pairs: float) -> HeldOut:
         return NOTHING
     sets = {frozenset(names) for size in SIZES for names in combinations(NAMES, size)}
     keep = [frozenset(names) for split in make_conditions(seed) for names in split]
-    return choose_held_out(sets, keep, share_sets, share_pairs, seed)
+    held_out = choose_held_out(sets, keep, share_sets, share_pairs, seed)
+    if held_out == NOTHING:
+        raise UserError(
+            f"--hold_out_sets {share_sets}, --hold_out_pairs {share_pairs}: hold out nothing; "
+            "use more"
+        )
+    return held_out
 
 
 def _work(job: tuple[RenderConfig, int, list[int]]) -> int:
@@ -246,6 +254,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _render(config: RenderConfig) -> None:
+    held_out = hold_out(config.seed, config.hold_out_sets, config.hold_out_pairs)
+    for i in range(min(config.num_sequences, CHECKED)):
+        sample_labels(config.seed, i, config.max_objects, held_out)
     write_json(config.out_dir / "render.json", _settings(config))
     image_dir = config.out_dir / "iclevr"
     make_folder(image_dir, "--out_dir")
@@ -260,7 +271,6 @@ def _render(config: RenderConfig) -> None:
             jobs.append((config, i, missing))
     if jobs:
         _render_all(config, jobs)
-    held_out = hold_out(config.seed, config.hold_out_sets, config.hold_out_pairs)
     write_labels(config.out_dir, config.seed, config.num_sequences, config.max_objects, held_out)
     _draw_sheet(config)
     total = config.num_sequences * config.max_objects

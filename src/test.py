@@ -136,7 +136,7 @@ def folder_name(config: TestConfig) -> str:
         f"guided_by_the_judge{how.classifier_guidance_scale:g}": how.classifier_guidance_scale,
         f"seeds{config.seed}to{last}": config.num_seeds > 1,
         f"seed{config.seed}": config.num_seeds == 1 and config.seed,
-        "conditions_" + "+".join(path.stem for path in config.conditions): config.conditions,
+        "conditions_" + "+".join(path.stem for path in config.conditions or ()): config.conditions,
         f"evaluator_{evaluator}": evaluator,
         f"judge_{judge}": judge,
     }
@@ -166,6 +166,8 @@ def check_together(config: TestConfig) -> None:
     """
     if config.without is not None and (config.prompt is None or config.add is not None):
         raise UserError(f"--without {config.without!r}: goes with --prompt; name the scene there")
+    if config.conditions and (config.prompt is not None or config.add is not None):
+        raise UserError("--conditions: goes with neither --prompt nor --add, which draw one scene")
     if (config.add is None) != (config.to is None):
         given = f"--to {config.to}" if config.add is None else f"--add {config.add!r}"
         raise UserError(f'{given}: use both, as in --add "green cube" --to scene.png')

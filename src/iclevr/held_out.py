@@ -4,7 +4,6 @@ A label set is what one picture shows, all of it. Of a held-out set no training 
 exactly these objects; of a held-out pair none shows both together, whatever else is there.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
@@ -36,6 +35,8 @@ class HeldOut:
 
 
 NOTHING = HeldOut()
+HELD_OUT_FILES = "seen", "unseen", "unseen_pairs"
+"""Names of the JSON files of `held_out_conditions`."""
 
 
 def choose_held_out(
@@ -47,7 +48,8 @@ def choose_held_out(
         sets: label sets to choose among; pairs are chosen among those that stand together in one.
         keep: conditions that must stay in training, with all that is part of them: those of
             test.json and new_test.json, so that their figures can still be compared.
-        share_sets, share_pairs: in [0, 1], of all candidates; fewer if too few are free.
+        share_pairs, share_sets: in [0, 1], of all pairs, and of all sets that hold no pair that is
+            held out; fewer if too few are free.
     """
     rng = np.random.default_rng([seed, 0, 3])  # 0 to 2 are the renderer's
     keep, sets = list(keep), set(sets)
@@ -75,8 +77,9 @@ def held_out_conditions(
         keep: the conditions of test.json and new_test.json, which are not taken again.
 
     Returns:
-        `seen` and `unseen`, with as many sets of each size, if sets are held out; `unseen_pairs`
-        if pairs are: each by itself and with THIRD_OBJECTS others.
+        `seen` and `unseen`, with as many sets of each size, if sets are held out: where more are
+        than are shown, some of them are in neither, and where none is shown, all are `unseen`.
+        `unseen_pairs` if pairs are: each by itself and with THIRD_OBJECTS others.
     """
     rng = np.random.default_rng([seed, 0, 4])
     shown, objects = set(shown) - set(keep), sorted(frozenset().union(*shown))
@@ -87,11 +90,16 @@ def held_out_conditions(
         return [ordered[n] for n in rng.permutation(len(ordered))]
 
     if held_out.sets:
-        unseen = shuffled(held_out.sets)
-        result["unseen"] = sorted(unseen, key=len)
-        sizes = Counter(map(len, unseen))
-        seen = [shuffled(s for s in shown if len(s) == size)[: sizes[size]] for size in SIZES]
-        result["seen"] = sum(seen, [])
+        seen, unseen = [], []
+        for size in SIZES:
+            ours, theirs = (
+                shuffled(s for s in sets if len(s) == size) for sets in (held_out.sets, shown)
+            )
+            number = min(len(ours), len(theirs))
+            seen, unseen = seen + theirs[:number], unseen + ours[:number]
+        result["unseen"] = unseen or sorted(shuffled(held_out.sets), key=len)
+        if seen:
+            result["seen"] = seen
     if held_out.pairs:
         pairs = shuffled(held_out.pairs)
         more = [

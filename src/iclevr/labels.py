@@ -12,6 +12,8 @@ from runtime.files import read_json
 from runtime.settings import UserError
 
 SPLITS = ("test", "new_test")
+RESERVED = "mean", "guidance_scale", "frechet_distance"
+"""What stands beside the splits in results: no names of files of conditions."""
 HOW_TO_GET_DATA = (
     "put the course's objects.json, train.json, test.json, new_test.json and iclevr/ into data/, "
     "or render a stand-in with: python src/render_iclevr.py"
@@ -101,7 +103,7 @@ def parse_prompt(prompt: str, objects: dict[str, int], flag: str = "--prompt") -
     return names
 
 
-def condition_files(data_dir: Path, conditions: Sequence[Path] = ()) -> dict[str, Path]:
+def condition_files(data_dir: Path, conditions: Sequence[Path] | None = None) -> dict[str, Path]:
     """Split -> file: test.json and new_test.json in the data folder, or other files by their names.
 
     Raises:
@@ -112,7 +114,7 @@ def condition_files(data_dir: Path, conditions: Sequence[Path] = ()) -> dict[str
         return files
     files = {}
     for path in conditions:
-        if path.stem in (*files, "mean"):
+        if path.stem in (*files, *RESERVED):
             raise UserError(
                 f"--conditions {path}: results go by a file's name, and {path.stem!r} is taken; "
                 "rename it"
@@ -127,7 +129,8 @@ def read_conditions(path: Path, objects: dict[str, int]) -> tuple[list[list[str]
     Raises:
         UserError: another shape, or an entry that `encode_labels` refuses.
     """
-    conditions = read_json(path, HOW_TO_GET_DATA)
+    own = "name a JSON file of lists of object names, such as data/standin/four.json"
+    conditions = read_json(path, HOW_TO_GET_DATA if path.stem in SPLITS else own)
     if not isinstance(conditions, list) or not conditions:
         raise UserError(f"{path}: expected a non-empty list of lists of object names")
     return conditions, _encode_all(path, enumerate(conditions), objects)

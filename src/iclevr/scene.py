@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iclevr.held_out import NOTHING, HeldOut
+from runtime.settings import UserError
 
 SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {  # linear RGB times 255: decoding them as sRGB comes out far too dark
@@ -38,6 +39,8 @@ CONDITION_SEQUENCES = 200
 """Test conditions are label sets of the first this many sequences."""
 TEST_COUNTS, NEW_TEST_COUNTS = (6, 12, 14), (0, 12, 20)
 """Conditions of 1, 2 and 3 objects in the course's test.json and new_test.json."""
+MOST_TRIES = 10_000
+"""Sequences drawn for one that shows nothing held out."""
 LARGE, LARGE_COUNT = {"four": 4, "five": 5}, 48
 """Files of conditions with more objects than the course's training pictures have."""
 
@@ -75,14 +78,20 @@ def sample_labels(
     """Indices of the distinct objects of sequence i, in order of appearance.
 
     Nothing in `held_out` is shown on the way; a sequence that would is drawn anew, the others are
-    as they are without it. A longer sequence starts as the shorter one.
+    as they are without it. With nothing held out, a longer sequence starts as the shorter one.
+
+    Raises:
+        UserError: so much is held out that no sequence is found.
     """
     rng = np.random.default_rng([seed, i, 0])
-    while True:
+    for _ in range(MOST_TRIES):
         labels = rng.permutation(len(NAMES))[:count].tolist()
         names = [NAMES[n] for n in labels]
         if not any(held_out.holds(names[:k]) for k in range(2, count + 1)):
             return labels
+    raise UserError(
+        f"--hold_out_sets, --hold_out_pairs: leave too few scenes of {count} objects; use less"
+    )
 
 
 def make_conditions(seed: int) -> tuple[list[list[str]], list[list[str]]]:

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffusion import doubts
@@ -65,7 +66,7 @@ class BenchConfig(Settings):
     """auto: online when logged in to Weights & Biases, else offline."""
     wandb_project: str = "iclevr-ddpm"
     """Project name at Weights & Biases."""
-    conditions: tuple[Path, ...] = ()
+    conditions: Annotated[tuple[Path, ...], Field(min_length=1)] | None = None
     """Draw the conditions of these files, lists of lists of object names like test.json, in place
     of test.json and new_test.json."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -140,7 +141,7 @@ def open_bench(
     device_name: str | None,
     judge_path: Path | None = None,
     needs_judge: bool = True,
-    conditions: Sequence[Path] = (),
+    conditions: Sequence[Path] | None = None,
 ) -> Bench:
     """Load what testing needs, but for the training pictures: see `with_reference`.
 
@@ -258,6 +259,9 @@ def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) ->
 
     It names the folder of the results.
     """
+    how = to_dict(replace(sampling, batch_size=1))
+    if sampling.compose == "joint":  # draws from before there was a choice stay what they were
+        del how["compose"]
     parts = {
         "checkpoint": bench.blob,
         "judge": bench.judge and bench.judge.blob,
@@ -265,7 +269,7 @@ def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) ->
         "fd": num_fd_samples if bench.reference else 0,
         "training": bench.reference and bench.reference.key,
         "labels": {split: labels.tolist() for split, labels in bench.labels.items()},
-        "sampling": to_dict(replace(sampling, batch_size=1)),
+        "sampling": how,
         "arithmetic": bench.arithmetic(sampling),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]

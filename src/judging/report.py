@@ -93,7 +93,7 @@ def comparison(run_folder: Path) -> str:
 
     Tests of other conditions than the course's have other columns: they get a table of their own.
     """
-    rows_of: dict[tuple[str, ...], list[list[object]]] = {}
+    rows_of: dict[tuple[str, ...], list[list[object]]] = {}  # by names, and what was asked for
     for path in sorted(run_folder.glob("*/accuracies.json")):
         try:
             report = read_json(path)
@@ -103,7 +103,8 @@ def comparison(run_folder: Path) -> str:
             figures = report["figures"]
             columns = [(figure, split) for figure in SHARES for split in figures]
             cells = [Interval(**figures[split][figure]) for figure, split in columns]
-            names = tuple(f"{split} {figure.replace('_', ' ')}" for figure, split in columns)
+            names = [f"{split} {figure.replace('_', ' ')}" for figure, split in columns]
+            names = (*names, str(report.get("asked")))
             about = [report[key] for key in ("step", "num_seeds", "judge")]
         except (UserError, KeyError, TypeError):
             what = f"{path} is damaged or of an older version; left out of the table"
@@ -111,5 +112,5 @@ def comparison(run_folder: Path) -> str:
             continue
         rows_of.setdefault(names, []).append([path.parent.name, *about, *cells, distance])
     first, last = ["sampling", "step", "seeds", "judge"], "Frechet distance (pictures)"
-    tables = [markdown([*first, *names, last], rows, 4) for names, rows in rows_of.items()]
+    tables = [markdown([*first, *names, last], rows, 4) for (*names, _), rows in rows_of.items()]
     return "\n\n".join(tables)

@@ -144,6 +144,11 @@ class Handlers:
         try:
             drawing = read_drawing(Path(path))
             note = check_origin(drawing, self.bench, Path(path).name)
+            if drawing.without:
+                raise UserError(
+                    f"{path}: draws without {', '.join(drawing.without)}, which the page has "
+                    "no control for; use src/test.py --from_json"
+                )
         except UserError as error:
             text = str(error).replace(path, Path(path).name)
             yield gr.skip(), sentence(UserError(text)), *[gr.skip()] * 10

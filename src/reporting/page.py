@@ -50,7 +50,7 @@ def page(run: Run, main: str | None, language: str) -> str:
     """
     tests = find_tests(run.results, run.blob, main)
     sweeps = find_sweeps(run.results, run.blob)
-    alike = [test for test in tests if [*test.figures] == [*tests[0].figures]]
+    alike = [test for test in tests if same_conditions(test, tests[0])]
     apart = [test for test in tests if test not in alike]
     return environment(language).get_template(TEMPLATE.name).render(
         language=language,
@@ -68,6 +68,11 @@ def page(run: Run, main: str | None, language: str) -> str:
         commands=commands(run),
         counts=COUNTS,
     )  # fmt: skip
+
+
+def same_conditions(a: Test, b: Test) -> bool:
+    """Whether two tests drew the same scenes; of older ones only the files' names are known."""
+    return [*a.figures] == [*b.figures] and (not a.asked or not b.asked or a.asked == b.asked)
 
 
 def pictures(test: Test) -> dict[str, Any]:

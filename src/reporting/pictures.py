@@ -107,7 +107,7 @@ def tests_chart(tests: dict[str, Test]) -> str:
     for axes, figure_name in zip(axes_of, SHARES, strict=True):
         splits = list(next(iter(tests.values())).figures)
         for number, split in enumerate(splits):
-            lift, color = 0.24 * (number / len(splits) - 0.25), split_color(number)
+            lift, color = 0.48 * ((number + 0.5) / len(splits) - 0.5), split_color(number)
             for y, test in enumerate(tests.values()):
                 found = test.figures[split][figure_name]
                 ends = [found.mean if end is None else end for end in (found.low, found.high)]

@@ -110,6 +110,8 @@ def with_paths(config: T, change: Callable[[Path], Path]) -> T:
             changed[name] = with_paths(value, change)
         elif isinstance(value, Path):
             changed[name] = change(value)
+        elif isinstance(value, tuple) and any(isinstance(part, Path) for part in value):
+            changed[name] = tuple(map(change, value))
     return replace(config, **changed)
 
 

@@ -177,8 +177,8 @@ class SamplerConfig(Settings):
     eta: Probability = 0.0
     """Noise of a ddim step: 0 is deterministic, 1 as much as ddpm."""
     guidance_interval: TimeInterval = (0.0, 1.0)
-    """Guide only where t / T lies in here, the rest is plain conditional and costs half
-    (Kynkaanniemi et al. 2024)."""
+    """Guide only where t / T lies in here; the rest has scale 1, which for one condition is plain
+    conditional and costs half (Kynkaanniemi et al. 2024)."""
     resample: PositiveInt = 1
     """Take every step so many times, with noise put back in between: mistakes get repaired
     (RePaint, Lugmayr et al. 2022, algorithm 1). For ddpm and ddim."""
@@ -189,7 +189,8 @@ class SamplerConfig(Settings):
     added up (Liu et al. 2022), one evaluation for each; both, half and half."""
     best_of: Annotated[int, Field(ge=1, le=1000)] = 1
     """Draw so many pictures of every condition, and keep the one that the network itself finds to
-    show it best (after CompLift, Yu & Gao 2025); no judge is asked."""
+    show it best (after CompLift, Yu & Gao 2025); no judge is asked. What must not come is not
+    weighed."""
     batch_size: PositiveInt = 64
     """Pictures drawn at a time; the pictures do not depend on it."""
     classifier_guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 0.0

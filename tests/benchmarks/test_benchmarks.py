@@ -172,16 +172,14 @@ def test_composition_at_equal_evaluations(trained, tmp_path, monkeypatch):
     noise = replace(checkpoint.config.noise, num_train_timesteps=100)
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, noise=noise))
     save_checkpoint(tmp_path / "100.pth", checkpoint)
-    monkeypatch.setattr(composition, "STEPS", (20, 10, 5))
-    monkeypatch.setattr(composition, "RESAMPLED", 5)
     argv = ["--ckpt_path", tmp_path / "100.pth", "--data_dir", copy, "--output_dir", tmp_path,
-            "--device", "cpu", "--num_seeds", 2, "--budget", 40, "--max_conditions", 4]  # fmt: skip
+            "--device", "cpu", "--num_seeds", 2, "--budget", 80, "--max_conditions", 4]  # fmt: skip
     report = composition.main([str(a) for a in argv])
     assert list(report["rows"]) == ["unseen", "four"]
     rows = report["rows"]["four"]
     assert {way: (row["steps"], row["evaluations"]) for way, row in rows.items()} == {
-        "joint": (20, 40), "objects": (5, 25), "both": (5, 30), "resampled": (5, 40),
-        "best of several": (5, 10),  # a second one, and weighing both, would be too much
+        "joint": (25, 50), "objects": (10, 50), "both": (10, 60), "each step 4 times": (10, 80),
+        "best of 2": (5, 2 * (10 + 6 * 5)),
     }  # fmt: skip
     assert rows["joint"]["minus_joint"]["accuracy"]["mean"] == 0
     assert report["rows"]["unseen"]["both"]["conditions"] == 4
