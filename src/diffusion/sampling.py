@@ -1,4 +1,4 @@
-"""From noise to pictures: the one `sample`."""
+"""From noise to pictures: the one `sample`. Which samplers there are is in schedule.py."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
