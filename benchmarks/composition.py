@@ -28,8 +28,8 @@ from diffusion.schedule import StepsError, check_steps
 from iclevr.dataset import find_data
 from judging.bench import Bench, Draw, draw_splits, open_bench, settings_key, split_records
 from judging.figures import grid, save_figure, save_image, save_text, split_color
-from judging.intervals import Interval, mean_interval
-from judging.metrics import SHARES, markdown, summarise
+from judging.intervals import Interval
+from judging.metrics import SHARES, markdown, paired_difference, summarise
 from network.checkpoint import PRETRAINED
 from runtime.files import make_folder, read_json, write_json
 from runtime.settings import (
@@ -131,22 +131,6 @@ def draw(
     return draws
 
 
-def differences(draws: dict[str, list[Draw]], first: str) -> dict[str, dict[str, Interval]]:
-    """Way -> figure -> how much better than `first`, paired by picture over all draws."""
-    found: dict[str, dict[str, Interval]] = {}
-    for way, these in draws.items():
-        found[way] = {}
-        for figure, key in SHARES.items():
-            a, b = (
-                np.array([next(iter(d.records.values()))[key] for d in which], dtype=float)
-                for which in (these, draws[first])
-            )
-            total = np.mean(next(iter(these[0].records.values()))["total"])
-            whole = total if figure == "accuracy" else 1.0
-            found[way][figure] = mean_interval((a - b).ravel() / whole)
-    return found
-
-
 def chart(report: dict[str, Any], path: Path) -> None:
     """Accuracy and exact sets of all ways, side by side for each file of conditions."""
     rows = report["rows"]
@@ -202,17 +186,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         labels = fewer(labels, config.max_conditions)
         how = ways(config, bench, labels)
         draws = {way: draw(config, bench, file, way, how[way], folder) for way in how}
-        less = differences(draws, "joint")
+        records = {way: [d.records[file] for d in these] for way, these in draws.items()}
         rows[file] = {
-            way: summarise([d.records[file] for d in these])
+            way: summarise(these)
             | {
                 "conditions": len(labels),
                 "steps": how[way].num_inference_steps,
                 "evaluations": evaluations(noise, how[way], labels),
-                "minus_joint": less[way],
+                "minus_joint": {f: paired_difference(these, records["joint"], f) for f in SHARES},
                 "sampling": how[way],
             }
-            for way, these in draws.items()
+            for way, these in records.items()
         }
     report = to_dict({
         "title": f"{bench.run_name}, step {bench.checkpoint.step}, DDPM, guidance "

@@ -39,7 +39,7 @@ def sample_sequence(
     def fitting(places: np.ndarray, angles: np.ndarray, chances: np.ndarray) -> Sequence | None:
         items = tuple(
             Item(index, float(x), float(y), float(angle))
-            for index, (x, y), angle in zip(labels, places, angles, strict=False)
+            for index, (x, y), angle in zip(labels[: len(places)], places, angles, strict=True)
         )
         sequence = Sequence(camera, lamps, items)
         return sequence if _well_placed(places, camera, chances) and _well_seen(sequence) else None

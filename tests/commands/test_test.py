@@ -272,6 +272,12 @@ def test_own_conditions(trained, tmp_path, capsys):
     pairs.write_text(json.dumps([["red cube", "red ball"]]))
     assert "pairs.json: entry 0: unknown object 'red ball'" in error_of(test.main, argv)
     assert "none.json" in error_of(test.main, [*argv[:-1], tmp_path / "none.json"])
+    for name in ("mean", "guidance_scale", "frechet_distance"):  # these stand beside the splits
+        taken = [*common, "--conditions", tmp_path / f"{name}.json"]
+        assert f"'{name}' is taken" in error_of(guidance_scale.main, taken)
+    assert "--conditions" in error_of(test.main, argv[:-2])  # such as an unset variable
+    one_scene = [*argv, "--prompt", "red cube"]
+    assert "goes with neither --prompt nor --add" in error_of(test.main, one_scene)
 
 
 def test_a_prompt_without_an_object(trained, tmp_path):

@@ -101,6 +101,19 @@ def test_of_a_list_that_is_there(world, tmp_path, capsys):
         hold_out.main, ["--data_dir", world, "--out_dir", world]
     )
     assert "nothing to hold out" in error_of(hold_out.main, [*argv[:-1], "0"])
+    assert "--hold_out_sets 0.0001" in error_of(hold_out.main, [*argv[:-1], "0.0001"])
+    # Another choice in the same folder leaves nothing of this one; nor does a greedy one confound.
+    hold_out.main([*map(str, argv[:-1]), "0", "--hold_out_pairs", "0.1"])
+    assert {path.stem for path in out.glob("*seen*")} == {"unseen_pairs"}
+    found = hold_out.main([*map(str, argv[:-1]), "0.9"])
+    assert found["unseen"] == found["seen"] == 64 - round(0.9 * 64)
+
+
+def test_too_much_held_out_ends_before_the_rendering(tmp_path):
+    argv = ["--out_dir", tmp_path / "x", "--max_objects", 5, "--hold_out_pairs", 1]
+    assert "leave too few scenes of 5 objects" in error_of(render_iclevr.main, argv)
+    argv = ["--out_dir", tmp_path / "y", "--hold_out_sets", 0.0001]
+    assert "hold out nothing" in error_of(render_iclevr.main, argv)
 
 
 @pytest.mark.parametrize("share", ["1.5", "-0.1", "nan"])

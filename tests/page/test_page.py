@@ -111,6 +111,14 @@ def test_a_file_sets_the_controls_and_what_has_none(handlers, tmp_path):
     assert controls[6].minimum == -20
 
 
+def test_a_file_that_leaves_an_object_out_is_refused(handlers, tmp_path):
+    """The page has no control for it, and would draw the next picture with it."""
+    drawing = plan(handlers.bench, NAMES, 9, SamplingConfig(num_inference_steps=5), ["gray cube"])
+    (tmp_path / "p.json").write_text(json.dumps(to_dict(drawing)))
+    ((_, text, *_),) = handlers.open_file(str(tmp_path / "p.json"))
+    assert "without gray cube" in text and str(tmp_path) not in text
+
+
 def test_side_by_side_begins_with_the_same_noise(handlers):
     frames = [*handlers.compare("guidance scales", [1, 2.5], [], *CONTROLS)]
     html, _, session = frames[-1]
