@@ -45,13 +45,15 @@ def argv_of(trained, output, *more):
 
 def test_pictures_have_the_bytes_of_a_prompt_s(trained, bench, tmp_path):
     """Whatever is drawn beside them; and each comes again from its JSON, and only as told."""
-    drawings = [plan(bench, NAMES, seed, DDIM) for seed in (3, 4)]
+    unwanted = next(name for name in bench.checkpoint.objects if name not in NAMES)
+    drawings = [plan(bench, NAMES, 3, DDIM), plan(bench, NAMES, 4, DDIM, [unwanted])]
     frames = list(draw_all(bench, drawings))
     assert [type(what) for what in frames[7]] == [Picture, torch.Tensor]
     assert len({frame[1].sum().item() for frame in frames[7:13]}) == 6  # it changes at every step
     for picture in frames[-1]:
         ours = to_png(to_image(picture.image))
         flags = ["--scheduler", "ddim", "--num_inference_steps", 5, "--seed", picture.drawing.seed]
+        flags += ["--without", unwanted] if picture.drawing.without else []
         argv = argv_of(trained, tmp_path / "prompt", "--prompt", ", ".join(NAMES), *flags)
         path = test.main(argv)
         assert path.read_bytes() == ours
