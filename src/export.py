@@ -201,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     named = replace(
         checkpoint.config, run_name=name, output_dir=Path("output"), data=DataConfig(),
         resume=None, init_from=None, align_to=None,
+        reward=replace(checkpoint.config.reward, reward_model=None),
     )  # fmt: skip
     checkpoint = replace(checkpoint, config=named)  # no path of this machine goes out
     name += "" if config.to == "diffusers" else ".pth"

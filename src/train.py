@@ -29,6 +29,7 @@ from runtime.provenance import provenance
 from runtime.settings import TrainConfig, UserError, run
 from training.preview import Preview, preview_sampling
 from training.resume import read_config
+from training.reward import reward_sampling
 from training.run_folder import latest_checkpoint, own_folder
 from training.trainer import Trainer
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     paths = find_data(config.data)
     objects = read_objects(paths.data_dir)
     check_settings(config, paths, objects, device)
-    judge, teacher = load_evaluators(config, paths, objects, device)
+    judge, teacher, reward_model = load_evaluators(config, paths, objects, device)
     read_conditions(condition_files(paths.data_dir)["test"], objects)  # of the previews
     check_folder(run_dir)
     loader = get_dataloader(
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     check_shares(config, loader.batch_sampler.batch_size)  # smaller, where pictures are few
 
     preview = Preview(config, paths, objects, judge)
-    trainer = Trainer(config, loader, objects, preview, device, teacher)
+    trainer = Trainer(config, loader, objects, preview, device, teacher, reward_model)
     if config.resume:
         trainer.resume(source)
     elif source:
@@ -104,6 +105,8 @@ def check_settings(
         UserError: they don't; names the flag.
     """
     check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
+    if config.reward.reward_model:
+        check_steps(config.noise, reward_sampling(config), flag="--reward_steps")
     with torch.device("meta"):
         DiffusionModel(config.model)  # settings that don't fit together end here
     if len(objects) != config.model.num_classes:
@@ -143,26 +146,31 @@ def check_shares(config: TrainConfig, batch_size: int) -> None:
 
 def load_evaluators(
     config: TrainConfig, paths: DataPaths, objects: dict[str, int], device: torch.device
-) -> tuple[Evaluator | None, Evaluator | None]:
-    """The judge of the previews, if there is one, and the classifier of --align_to.
+) -> tuple[Evaluator | None, Evaluator | None, Evaluator | None]:
+    """The judge of the previews, if there is one, and the classifiers of two flags, where given.
+
+    These are --align_to and --reward_model.
 
     Raises:
-        UserError: as `load_evaluator`; a flag needs a judge; or both are the same, and the judge
+        UserError: as `load_evaluator`; a flag needs a judge; or a classifier is the judge, who
             must not know its pupil.
     """
     judge = load_evaluator(paths.evaluator, objects, device) if paths.evaluator else None
     if judge is None and (config.keep_best or config.preview.preview_fd_samples):
         flag = "--keep_best" if config.keep_best else "--preview_fd_samples"
         raise UserError(f"{flag}: needs a judge; name one with --evaluator")
-    if config.align_to is None:
-        return judge, None
-    teacher = load_evaluator(config.align_to, objects, device)
-    if judge and judge.blob == teacher.blob:
-        raise UserError(
-            f"--align_to {config.align_to}: is the judge itself; train another classifier with "
-            f"python src/train_evaluator.py --seed 1 --out FILE"
-        )
-    return judge, teacher
+    classifiers: list[Evaluator | None] = []
+    for flag, path in (
+        ("--align_to", config.align_to),
+        ("--reward_model", config.reward.reward_model),
+    ):
+        classifiers.append(load_evaluator(path, objects, device) if path else None)
+        if path and judge and judge.blob == classifiers[-1].blob:
+            raise UserError(
+                f"{flag} {path}: is the judge itself; train another classifier with "
+                f"python src/train_evaluator.py --seed 1 --out FILE"
+            )
+    return judge, *classifiers
 
 
 if __name__ == "__main__":

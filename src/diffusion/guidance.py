@@ -66,7 +66,7 @@ def guided_prediction(
 
     Args:
         x_t:    (N, 3, H, W)
-        t:      scalar timestep
+        t:      scalar timestep, or (N,)
         labels: (N, K), 1 for each object asked for, -1 for each that must not come
 
     Returns:
@@ -78,7 +78,8 @@ def guided_prediction(
         return model(x_t, t, labels).float()
     conditions, rows, weights = conditions_of(labels, guidance_scale, compose)
     y = torch.cat([torch.zeros_like(labels), conditions])
-    predictions = model(torch.cat([x_t, x_t[rows]]), t, y).float()
+    t = t.expand(len(x_t))
+    predictions = model(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), y).float()
     uncond, cond = predictions.split([len(x_t), len(rows)])
     return uncond.index_add(0, rows, weights[:, None, None, None] * (cond - uncond[rows]))
 

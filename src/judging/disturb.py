@@ -8,10 +8,10 @@ from torchvision.transforms.v2 import functional as TF
 from iclevr.dataset import normalize, to_uint8
 
 
-def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
+def disturb(x: Tensor, generator: torch.Generator, compress: bool = True) -> Tensor:
     """Mirror, shift, scale, blur, brighten, add noise, compress: each picture by its own amount.
 
-    (N, 3, H, W) in [-1, 1] -> the same.
+    (N, 3, H, W) in [-1, 1] -> the same. All but compressing can be differentiated.
     """
     n, _, height, width = x.shape
 
@@ -38,6 +38,8 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(x.shape, device=x.device, generator=generator)
     x = (x + tint + noise * uniform(0, 0.06)).clamp(-1, 1)
 
+    if not compress:
+        return x
     # JPEG, which torchvision knows on the CPU only, for about a quarter: quality 20 to 100.
     for i, quality in enumerate(uniform(-200, 100).view(n).long().tolist()):
         if quality >= 20:

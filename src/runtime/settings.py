@@ -220,6 +220,23 @@ class PreviewConfig(Settings):
 
 
 @dataclass(frozen=True)
+class RewardConfig(Settings):
+    """Learning from a classifier's opinion of what the network draws (ReFL, Xu et al. 2023)."""
+
+    reward_model: Path | None = None
+    """A classifier (src/train_evaluator.py --seed 1 --out FILE; not the judge) that looks at what
+    the network draws while it trains; none: only training pictures are learned from."""
+    reward_weight: PositiveFloat = 1e-3
+    """Weight of that part of the loss, -log p(objects | x_0_hat)."""
+    reward_batch_size: PositiveInt = 32
+    """Pictures that are being drawn meanwhile, over all processes."""
+    reward_steps: PositiveInt = 12
+    """DDPM steps of such a picture; each takes one training step."""
+    reward_guidance_scale: Annotated[float, Field(ge=-100, le=100)] = 3.0
+    """Guidance scale of such a picture."""
+
+
+@dataclass(frozen=True)
 class TrainConfig(Settings):
     """Train the conditional DDPM. Defaults are the original recipe."""
 
@@ -314,6 +331,7 @@ class TrainConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     noise: SchedulerConfig = field(default_factory=SchedulerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
     @property
     def run_dir(self) -> Path:

@@ -21,7 +21,7 @@ FREE_ON_RESUME = {
     "recipe", "resume", "epochs", "max_train_steps", "max_skipped_steps", "output_dir",
     "run_name", "save_interval", "sample_interval", "log_interval", "keep_last", "keep_best",
     "num_workers", "device", "compile", "wandb", "wandb_project", "dry_run", "data", "preview",
-    "gradient_accumulation_steps", "align_to", "mixed_precision",
+    "gradient_accumulation_steps", "align_to", "reward_model", "mixed_precision",
 }  # fmt: skip
 
 
@@ -147,8 +147,11 @@ def check_there(config: TrainConfig, stored: TrainConfig, path: Path) -> None:
     Raises:
         UserError: one is not; says which flag names another.
     """
-    taken = vars(config.data) | {"align_to": config.align_to}
-    before = vars(stored.data) | {"align_to": stored.align_to}
+    taken, before = (
+        vars(settings.data)
+        | {"align_to": settings.align_to, "reward_model": settings.reward.reward_model}
+        for settings in (config, stored)
+    )
     for name, value in taken.items():
         if isinstance(value, Path) and value == before[name] and not value.exists():
             raise UserError(
@@ -170,5 +173,6 @@ def check_unchanged(
         if name in free or given == value:
             continue
         if isinstance(value, Settings):
-            check_unchanged(given, value, path, remedy)
+            check_unchanged(given, value, path, remedy, free)
+            continue
         raise UserError(f"--{name} {given}: {path} was trained with {value}; {remedy}")

@@ -22,6 +22,7 @@ from runtime.seeds import derive_seed
 from runtime.settings import TrainConfig, UserError
 from training.alignment import Alignment
 from training.optimizer import make_optimizer, warmup_then_cosine
+from training.reward import Reward
 
 
 @dataclass
@@ -36,11 +37,16 @@ class TrainState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     alignment: Alignment | None
+    reward: Reward | None
     skipped: Tensor
     """(2,) on the device: steps skipped for NaN or infinite gradients, in all and in a row."""
     step: int = 0
     losses: list[Tensor] = field(default_factory=list)
     """(), this process's part of each step's loss, since the last line of metrics.jsonl."""
+
+    def unshared(self) -> contextlib.AbstractContextManager:
+        """Gradients of a backward pass in here stay in their process until a later one is out."""
+        return contextlib.nullcontext() if self.parallel is self.model else self.parallel.no_sync()
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint keeps for `load`, beside weights, step and losses."""
@@ -50,6 +56,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
             "alignment": self.alignment.state_dict() if self.alignment else None,
+            "reward": self.reward.state_dict() if self.reward else None,
         }
 
     def load(self, checkpoint: Checkpoint, path: Path) -> tuple[float, float]:
@@ -73,6 +80,8 @@ class TrainState:
                 self.scaler.load_state_dict(stored["scaler"])
             if self.alignment is not None:
                 self.alignment.load_state_dict(stored["alignment"])
+            if self.reward is not None:
+                self.reward.load_state_dict(stored["reward"])
             self.skipped.copy_(stored.get("skipped", self.skipped))
             self.losses = [loss.to(self.skipped.device) for loss in stored.get("losses", [])]
         except Exception as error:  # whatever the loaders make of a stranger's content
@@ -94,12 +103,17 @@ class TrainState:
 
 
 def build_state(
-    config: TrainConfig, total_steps: int, device: torch.device, teacher: Evaluator | None = None
+    config: TrainConfig,
+    total_steps: int,
+    device: torch.device,
+    teacher: Evaluator | None = None,
+    reward_model: Evaluator | None = None,
 ) -> TrainState:
     """Network, average, optimiser and schedules before the first step.
 
     Args:
         teacher: whose features the network's are aligned to; None: of nobody.
+        reward_model: whose opinion of its drawings it learns from; None: nobody's.
 
     Raises:
         UserError: the network's features don't fit the teacher's.
@@ -124,6 +138,7 @@ def build_state(
             device.type, enabled=autocast_dtype(config.mixed_precision, device) == torch.float16
         ),
         alignment,
+        Reward(reward_model, config, device) if reward_model else None,
         torch.zeros(2, device=device),
     )
 
@@ -174,17 +189,24 @@ def train_step(
     eps = torch.randn(count, *x_0.shape[1:], device=device, generator=generator)
     kept = drop_labels(torch.ones(count, 1, device=device), config.cfg_dropout_prob, generator)
     mine = processes.shard(count)
+    asked = processes.gather(labels.cpu(), count) if state.reward else None  # of all processes
     images, labels, t, eps = x_0, labels * kept[mine], t[mine], eps[mine]
     x_0 = scale(images, config.noise)
 
     state.optimizer.zero_grad(set_to_none=True)
+    if state.reward:
+        with state.unshared():
+            reward = state.reward.loss(state.parallel, asked, state.step, dtype)
+            if reward.requires_grad:  # in the first steps no picture may have begun
+                weight = config.reward.reward_weight * processes.world_size()
+                state.scaler.scale(weight * reward).backward()
     total = torch.zeros((), device=device)
     parts = config.gradient_accumulation_steps
     for number in range(parts):
         part = slice(len(x_0) * number // parts, len(x_0) * (number + 1) // parts)
         # Processes exchange their gradients with the last part only.
-        exchange = number == parts - 1 or state.parallel is state.model
-        with contextlib.nullcontext() if exchange else state.parallel.no_sync():
+        exchange = number == parts - 1
+        with contextlib.nullcontext() if exchange else state.unshared():
             model, features = state.parallel, {}
             if state.alignment:
                 model = functools.partial(model, features=features)

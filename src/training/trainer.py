@@ -42,6 +42,7 @@ class Trainer:
             share.
         objects: name -> index in the labels.
         teacher: whose features the network's are aligned to.
+        reward_model: whose opinion of its drawings it learns from.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Trainer:
         preview: Preview,
         device: torch.device,
         teacher: Evaluator | None = None,
+        reward_model: Evaluator | None = None,
     ):
         self.config, self.loader, self.objects, self.preview = config, loader, objects, preview
         self.device, self.dtype = device, autocast_dtype(config.mixed_precision, device)
@@ -66,7 +68,7 @@ class Trainer:
             config.epochs * self.steps_per_epoch, config.max_train_steps or sys.maxsize
         )
         self.scheduler = make_scheduler(config.noise)
-        self.state = build_state(config, self.total_steps, device, teacher)
+        self.state = build_state(config, self.total_steps, device, teacher, reward_model)
         self.saved: Path | None = None
         """The last checkpoint."""
         self.saved_step = self.previewed_step = 0
@@ -231,6 +233,8 @@ class Trainer:
         values = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item(),
                   "images_per_s": images_per_s, "seconds": seconds,
                   "skipped_steps": skipped}  # fmt: skip
+        if self.state.reward:
+            values["reward_loss"] = processes.total(self.state.reward.last).item()
         if self.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.log({name: value for name, value in values.items() if math.isfinite(value)})
@@ -285,10 +289,10 @@ class Trainer:
 
     def write_checkpoint(self, path: Path) -> None:
         """Write everything that `resume` takes over."""
-        losses = self.whole_losses()  # of all processes
+        state, losses = self.state, self.whole_losses()
+        training = state.training_state()  # of all processes, as the losses are
         if not processes.is_main():
             return
-        state = self.state
         of_run = {"data": self.data_key, "losses": list(losses), "best": self.best}
         checkpoint = Checkpoint(
             config=self.stored,
@@ -297,7 +301,7 @@ class Trainer:
             ema=state.ema.state_dict() if state.ema else None,
             epoch=state.step // self.steps_per_epoch,
             step=state.step,
-            training=state.training_state() | of_run,
+            training=training | of_run,
         )
         save_checkpoint(path, checkpoint)
 

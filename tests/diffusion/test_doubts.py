@@ -25,6 +25,7 @@ def doubts(flags: str, steps: int = 1000, pictures: int = 640) -> str:
         ("--batch_size 641", "there are only 640 pictures"),
         ("--keep_best --sample_interval 100", "--keep_best: only one preview"),
         ("--align_weight 0.7", "--align_weight 0.7: does nothing"),
+        ("--reward_steps 10", "do nothing without --reward_model"),
         ("--cfg_dropout_prob 1", "can't draw what it is asked for"),
         ("--cfg_dropout_prob 0", "--preview_guidance_scale 3: guides by a network trained with"),
         ("--beta_schedule linear --num_train_timesteps 100", "100 timesteps 0.36 of the variance"),

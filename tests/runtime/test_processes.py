@@ -20,7 +20,7 @@ import train_evaluator
 from network.checkpoint import load_checkpoint
 from runtime import processes
 from runtime.device import pick_device
-from runtime.settings import UserError, run
+from runtime.settings import ROOT, UserError, run
 from training.run_folder import latest_checkpoint
 
 
@@ -112,6 +112,25 @@ def test_two_processes_align_features_as_one(single, tmp_path):
     heads = (load_checkpoint(latest_checkpoint(x)).training["alignment"] for x in (one, two))
     for (name, ours), theirs in zip(next(heads).items(), next(heads).values(), strict=True):
         assert (ours - theirs).norm() <= 2e-4 * theirs.norm(), name
+
+
+def test_two_processes_learn_from_a_reward_model_as_one(single, tmp_path):
+    """Seven pictures are drawn meanwhile, three by the one and four by the other."""
+    data, _ = single
+    rewarded = ["--reward_model", ROOT / "data" / "standin" / "evaluator.pth", "--reward_steps", 5,
+                "--reward_batch_size", 7, "--reward_weight", 0.01]  # fmt: skip
+    judge = tmp_path / "judge.pth"
+    argv = ["--data_dir", data, "--epochs", 1, "--device", "cpu", "--seed", 1, "--out", judge]
+    train_evaluator.main([str(a) for a in argv])
+    rewarded += ["--evaluator", judge]
+    train.main(argv_of(data, tmp_path / "one", *rewarded))
+    code, _, err = finished(launched("train.py", argv_of(data, tmp_path / "two", *rewarded)))
+    assert code == 0, err
+    one, two = tmp_path / "one" / "r", tmp_path / "two" / "r"
+    assert_same_run(two, one)
+    drawn = (load_checkpoint(latest_checkpoint(x)).training["reward"] for x in (one, two))
+    for (name, ours), theirs in zip(next(drawn).items(), next(drawn).values(), strict=True):
+        assert (ours - theirs).norm() <= 2e-3 * theirs.norm(), name
 
 
 @pytest.mark.parametrize("parts", [2, 5])

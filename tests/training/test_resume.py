@@ -24,6 +24,7 @@ from training.run_folder import latest_checkpoint
         ("no", "adamw", []),
         ("no", "muon", []),
         ("no", "muon", ["--align_to", "TEACHER"]),
+        ("no", "adamw", ["--reward_model", "TEACHER", "--reward_steps", 5]),
         ("no", "adamw", ["--no-ema", "--gradient_accumulation_steps", 2, "--num_workers", 1]),
         ("fp16", "adamw", []),
         ("fp16", "muon", []),
@@ -33,7 +34,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     world, tmp_path, monkeypatch, precision, optimizer, more
 ):
     if "TEACHER" in more:
-        more = ["--align_to", tmp_path / "teacher.pth"]
+        more = [more[0], tmp_path / "teacher.pth", *more[2:]]
         train_evaluator.main(
             ["--data_dir", str(world), "--epochs", "1", "--device", "cpu", "--out", str(more[1])]
         )
