@@ -23,8 +23,8 @@ from pydantic import Field
 
 from common import machine
 
+from diffusion.samplers import StepsError, check_steps
 from diffusion.sampling import evaluations
-from diffusion.schedule import StepsError, check_steps
 from iclevr.dataset import find_data
 from judging.bench import Bench, Draw, draw_splits, open_bench, settings_key, split_records
 from judging.figures import grid, save_figure, save_image, save_text, split_color

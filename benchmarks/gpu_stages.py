@@ -24,7 +24,7 @@ from gpu_training import recipes, small
 
 import guidance_scale
 import render_iclevr
-from diffusion.schedule import check_steps
+from diffusion.samplers import check_steps
 from judging.bench import Bench, draw_frechet, draw_splits, open_bench, with_reference
 from network.checkpoint import PRETRAINED
 from runtime.files import make_folder

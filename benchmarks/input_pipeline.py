@@ -28,7 +28,7 @@ from torchvision import transforms
 
 from common import describe, interleave, machine, ratios, show, spread, synchronize, table
 
-from diffusion.schedule import make_scheduler
+from diffusion.samplers import make_scheduler
 from iclevr.dataset import get_dataloader
 from iclevr.labels import read_objects, read_train
 from iclevr.placement import sample_sequence

@@ -21,8 +21,8 @@ import torch
 
 from common import interleave, machine, ratios, show, spread
 
+from diffusion.samplers import check_steps
 from diffusion.sampling import evaluations
-from diffusion.schedule import check_steps
 from judging.bench import (
     Bench,
     Draw,

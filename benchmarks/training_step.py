@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common import describe, interleave, machine, ratios, show, spread, synchronize, table
 
 from diffusion.loss import draw_timesteps, drop_labels, training_loss
-from diffusion.schedule import make_scheduler
+from diffusion.samplers import make_scheduler
 from network.model import DiffusionModel, stages, unet_arguments
 from runtime.device import autocast_dtype, pick_device
 from runtime.files import write_json

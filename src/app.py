@@ -17,32 +17,18 @@ from typing import Annotated
 import gradio as gr
 from pydantic import Field
 
-from diffusion.schedule import SCHEDULERS
 from judging.bench import Bench, BenchConfig, open_bench, with_reference
-from judging.drawing import with_steps
 from network.checkpoint import PRETRAINED
-from page.cards import picker, portraits_css
-from page.handlers import (
-    KINDS,
-    MOST_GUIDANCE,
-    MOST_PICTURES,
-    MOST_REPEATS,
-    MOST_STEPS,
-    Handlers,
-    Session,
-)
+from page.cards import portraits_css
+from page.handlers import Handlers
 from page.results import last_results
-from runtime.settings import DataConfig, SamplingConfig, Settings, UserError, parse_args, run
+from page.tabs import FILES, compare_tab, draw_tab, left_side
+from runtime.settings import DataConfig, Settings, UserError, parse_args, run
 
-FILES = Path(__file__).parent / "page"
-SCALES = (1, 1.5, 2, 2.5, 3, 4, 5, 7, 10)
-FIRST_SCENE = ("red sphere", "cyan cube")
 NO_TRAINING_PICTURES = (
     '<p class="hint">There are no training pictures here to show the nearest of; '
     "<code>python src/render_iclevr.py</code> renders them.</p>"
 )
-AT_ONCE = 2
-"""Drawings at the same time; who comes then waits in line."""
 
 
 @dataclass(frozen=True)
@@ -62,117 +48,6 @@ class AppConfig(Settings):
     device: str | None = None
     """cuda, cpu ... (default: the best there is)."""
     data: DataConfig = field(default_factory=DataConfig)
-
-
-@dataclass(frozen=True)
-class Controls:
-    """The left side: the scene, and how it is drawn."""
-
-    picker: gr.HTML
-    prompt: gr.Textbox
-    seed: gr.Number
-    count: gr.Slider
-    base: gr.State
-    sampler: gr.Dropdown
-    steps: gr.Slider
-    guidance: gr.Slider
-    repeats: gr.Slider
-    file: gr.UploadButton
-
-    @property
-    def all(self) -> list[gr.components.Component]:
-        """What `Handlers.drawings` takes."""
-        return [self.prompt, self.seed, self.count, self.base, self.sampler, self.steps,
-                self.guidance, self.repeats]  # fmt: skip
-
-
-def left_side(handlers: Handlers) -> Controls:
-    """Objects, prompt and settings."""
-    objects = handlers.objects
-    scene = [name for name in FIRST_SCENE if name in objects] or [*objects][:1]
-    noise = handlers.bench.checkpoint.config.noise
-    few = SamplingConfig(num_inference_steps=min(12, noise.num_train_timesteps))
-    usual = with_steps(noise, few)
-    pick = gr.HTML(
-        scene, html_template=picker(objects), elem_id="picker", apply_default_css=False,
-        js_on_load=(FILES / "picker.js").read_text(encoding="utf-8"),
-    )  # fmt: skip
-    prompt = gr.Textbox(
-        ", ".join(scene), label="Scene", placeholder="red sphere, cyan cube", elem_id="prompt"
-    )
-    count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", elem_id="count")
-    guidance = gr.Slider(0, MOST_GUIDANCE, usual.guidance_scale, step=0.1, label="Guidance")
-    steps = gr.Slider(
-        1, MOST_STEPS, usual.num_inference_steps, step=1, label="Steps", elem_id="steps"
-    )
-    repeats = gr.Slider(1, MOST_REPEATS, 1, step=1, label="Repeats of every step")
-    with gr.Row():
-        sampler = gr.Dropdown([*SCHEDULERS], value=usual.scheduler, label="Sampler", min_width=120)
-        seed = gr.Number(0, label="Seed", precision=0, min_width=120, elem_id="seed")
-    file = gr.UploadButton("Open a picture's JSON", file_types=[".json"], size="sm", elem_id="open")
-    base = gr.State(usual)
-    pick.input(None, pick, prompt, js="(names) => names.join(', ')")
-    prompt.input(
-        handlers.names, prompt, pick, show_progress="hidden", queue=False,
-        trigger_mode="always_last",
-    )  # fmt: skip
-    return Controls(pick, prompt, seed, count, base, sampler, steps, guidance, repeats, file)
-
-
-def draw_tab(handlers: Handlers, controls: Controls) -> None:
-    """Pictures of one scene, and the judge's opinion of them."""
-    with gr.Row():
-        draw = gr.Button("Draw", variant="primary", min_width=90, elem_id="draw")
-        again = gr.Button("Again", min_width=80, elem_id="again")
-        keep = gr.Button("Keep what is right", min_width=185, elem_id="keep")
-        stop = gr.Button("Stop", min_width=70, elem_id="stop")
-    status = gr.HTML(elem_classes="status", elem_id="status")
-    gallery = gr.HTML('<div class="empty">Choose objects, then draw.</div>', elem_id="pictures")
-    session = gr.State(Session())
-    shown = [gallery, status, session]
-    hidden = dict(show_progress_on=status, concurrency_id="network", concurrency_limit=AT_ONCE)
-    inputs = [session, *controls.all]
-    again_seed = again.click(
-        lambda seed, count: (seed or 0) + count, [controls.seed, controls.count], controls.seed
-    )
-    stop.click(
-        None,
-        cancels=[
-            draw.click(handlers.draw, inputs, shown, **hidden),
-            controls.prompt.submit(handlers.draw, inputs, shown, **hidden),
-            again_seed.then(handlers.draw, inputs, shown, **hidden),
-            keep.click(handlers.keep, inputs, shown, **hidden),
-            controls.file.upload(
-                handlers.open_file,
-                controls.file,
-                [*shown, controls.picker, *controls.all],
-                **hidden,
-            ),
-        ],
-    )
-
-
-def compare_tab(handlers: Handlers, controls: Controls) -> None:
-    """One scene from one noise, drawn in several ways."""
-    kind = gr.Radio(KINDS, value=KINDS[0], label="Side by side", elem_id="kind")
-    scales = gr.CheckboxGroup(SCALES, value=[1, 2, 3, 5], label="Guidance scales")
-    samplers = gr.CheckboxGroup([*SCHEDULERS], value=[*SCHEDULERS], label="Samplers", visible=False)
-    kind.change(
-        lambda kind: [gr.update(visible=kind == k) for k in KINDS], kind, [scales, samplers]
-    )
-    with gr.Row():
-        compare = gr.Button("Compare", variant="primary", min_width=90, elem_id="compare")
-        stop = gr.Button("Stop", min_width=70)
-    status = gr.HTML(elem_classes="status", elem_id="compare-status")
-    gallery = gr.HTML(
-        '<div class="empty">The scene on the left, every time from the same noise.</div>',
-        elem_id="compared",
-    )
-    drawn = compare.click(
-        handlers.compare, [kind, scales, samplers, *controls.all], [gallery, status, gr.State()],
-        show_progress_on=status, concurrency_id="network", concurrency_limit=AT_ONCE,
-    )  # fmt: skip
-    stop.click(None, cancels=drawn)
 
 
 def build(bench: Bench, config: AppConfig) -> gr.Blocks:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffusion.schedule import check_steps, make_scheduler
+from diffusion.samplers import check_steps, make_scheduler
 from network.checkpoint import (
     FORMAT,
     Checkpoint,

@@ -43,7 +43,7 @@ from judging.figures import confusion_chart, grid, pairs, save_figure, save_imag
 from judging.metrics import record
 from judging.prompt import draw_addition, draw_prompt, draw_strip
 from judging.realism import frechet_floor, nearest
-from judging.report import comparison, in_words, sum_up
+from judging.summary import comparison, in_words, sum_up
 from runtime import processes
 from runtime.files import make_folder, write_json
 from runtime.provenance import provenance

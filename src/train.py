@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from diffusion import doubts
-from diffusion.schedule import check_steps
+from diffusion.samplers import check_steps
 from iclevr.dataset import DataPaths, find_data, get_dataloader
 from iclevr.labels import condition_files, read_conditions, read_objects
 from judging.evaluator import Evaluator, load_evaluator

@@ -13,8 +13,8 @@ from networks import CONFIGS
 from torch import nn
 
 import train
+from diffusion.samplers import make_scheduler
 from diffusion.sampling import sample
-from diffusion.schedule import make_scheduler
 from iclevr.labels import condition_files, read_conditions, read_objects
 from judging.evaluator import load_evaluator
 from network.checkpoint import PRETRAINED, load_checkpoint, load_model

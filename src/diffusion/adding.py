@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion.samplers import make_scheduler
 from diffusion.sampling import Inpainting, sample
-from diffusion.schedule import make_scheduler, scale
+from diffusion.schedule import scale
 from runtime.seeds import draw_noise
 from runtime.settings import SamplingConfig, SchedulerConfig, UserError
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from diffusion.schedule import make_scheduler
+from diffusion.samplers import make_scheduler
 from runtime import processes
 from runtime.settings import RewardConfig, SamplerConfig, TrainConfig
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.schedule import unscale
-from runtime.settings import Composition, SchedulerConfig
+from runtime.settings import Composition, SamplingConfig, SchedulerConfig
 
 
 class Guide(Protocol):
@@ -82,6 +82,12 @@ def guided_prediction(
     predictions = model(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), y).float()
     uncond, cond = predictions.split([len(x_t), len(rows)])
     return uncond.index_add(0, rows, weights[:, None, None, None] * (cond - uncond[rows]))
+
+
+def step_guidance(noise: SchedulerConfig, config: SamplingConfig, t: Tensor | int) -> float:
+    """The guidance scale at timestep `t`."""
+    first, last = config.guidance_interval
+    return config.guidance_scale if first <= t / noise.num_train_timesteps <= last else 1.0
 
 
 def is_plain(labels: Tensor, compose: Composition) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.loss import training_loss
-from diffusion.schedule import make_scheduler
+from diffusion.samplers import make_scheduler
 from runtime.device import autocast, autocast_dtype
 from runtime.seeds import draw_noise
 from runtime.settings import Precision, SchedulerConfig

@@ -1,4 +1,4 @@
-"""From noise to pictures: the one `sample`. Which samplers there are is in schedule.py."""
+"""From noise to pictures: the one `sample`. Which samplers there are is in samplers.py."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,12 +6,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
-from diffusion.guidance import Guide, classifier_guidance, guided_evaluations, guided_prediction
+from diffusion.guidance import (
+    Guide,
+    classifier_guidance,
+    guided_evaluations,
+    guided_prediction,
+    step_guidance,
+)
 from diffusion.lift import lift, lift_evaluations
-from diffusion.schedule import check_steps, make_scheduler, scale, unscale
+from diffusion.samplers import alpha_bar_after, check_steps, make_scheduler
+from diffusion.schedule import scale, unscale
 from runtime import processes
 from runtime.device import autocast, autocast_dtype
 from runtime.output import progress_bar
@@ -50,24 +56,6 @@ def step_repeats(noise: SchedulerConfig, config: SamplerConfig, t: Tensor | int)
     """How many times the step from timestep `t` is taken, see `renoise`."""
     first, last = config.resample_interval
     return config.resample if first <= t / noise.num_train_timesteps <= last else 1
-
-
-def step_guidance(noise: SchedulerConfig, config: SamplingConfig, t: Tensor | int) -> float:
-    """The guidance scale at timestep `t`."""
-    first, last = config.guidance_interval
-    return config.guidance_scale if first <= t / noise.num_train_timesteps <= last else 1.0
-
-
-def alpha_bar_after(scheduler: Any, t: Tensor) -> Tensor:
-    """alphas_cumprod at the end of the step from `t`; 1 after the last one, whose end is x_0."""
-    if isinstance(scheduler, DDIMScheduler):
-        previous = t - len(scheduler.alphas_cumprod) // scheduler.num_inference_steps
-    elif isinstance(scheduler, DDPMScheduler):
-        previous = scheduler.previous_timestep(t)
-    else:  # the solvers keep a list
-        later = scheduler.timesteps[scheduler.timesteps < t]
-        previous = later[0] if len(later) else -1
-    return scheduler.alphas_cumprod[previous] if previous >= 0 else torch.tensor(1.0)
 
 
 def renoise(x_prev: Tensor, t: Tensor, scheduler: Any, z: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion import doubts
+from diffusion.samplers import check_steps
 from diffusion.sampling import relay, sample, sample_steps
-from diffusion.schedule import check_steps, unscale
+from diffusion.schedule import unscale
 from iclevr.dataset import DataPaths, find_data
 from iclevr.labels import condition_files, read_conditions, read_objects
 from judging.evaluator import Evaluation, Evaluator, evaluate, git_blob_hash, load_evaluator

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
+from diffusion.samplers import StepsError, check_steps
 from diffusion.sampling import relay
-from diffusion.schedule import StepsError, check_steps
 from iclevr.labels import decode_labels, encode_condition
 from judging.bench import Bench
 from judging.evaluator import Evaluation, judge_scores

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.guidance import Guide, guided_prediction
-from diffusion.schedule import check_steps, make_scheduler, unscale
+from diffusion.samplers import check_steps, make_scheduler
+from diffusion.schedule import unscale
 from judging.disturb import disturb
 from runtime import processes
 from runtime.device import autocast

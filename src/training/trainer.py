@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from diffusion.schedule import make_scheduler
+from diffusion.samplers import make_scheduler
 from iclevr.dataset import IclevrDataset
 from judging.evaluator import Evaluator
 from network.checkpoint import Checkpoint, load_weights, save_checkpoint

@@ -2,7 +2,7 @@
 
 import demo
 import guidance_scale
-from diffusion.schedule import check_steps
+from diffusion.samplers import check_steps
 from training.resume import read_config
 
 

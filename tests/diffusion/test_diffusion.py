@@ -10,8 +10,9 @@ from conftest import LinearModel
 
 from diffusion.guidance import guided_evaluations, guided_prediction
 from diffusion.loss import draw_timesteps, drop_labels, min_snr_weight, training_loss
+from diffusion.samplers import check_steps, make_scheduler
 from diffusion.sampling import evaluations, relay, renoise, sample, sample_steps
-from diffusion.schedule import check_steps, make_scheduler, scale, unscale
+from diffusion.schedule import scale, unscale
 from network.model import DiffusionModel
 from runtime.seeds import derive_seed, picture_seeds
 from runtime.settings import ModelConfig, SamplingConfig, SchedulerConfig, UserError, from_dict

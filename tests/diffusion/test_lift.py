@@ -7,8 +7,9 @@ import torch
 from conftest import LinearModel
 
 from diffusion.lift import LEVELS, NUM_NOISES, left_out, lift
+from diffusion.samplers import make_scheduler
 from diffusion.sampling import evaluations, sample
-from diffusion.schedule import make_scheduler, scale
+from diffusion.schedule import scale
 from runtime.seeds import derive_seed, picture_seeds
 from runtime.settings import SamplingConfig, SchedulerConfig
 

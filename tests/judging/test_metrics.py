@@ -12,7 +12,8 @@ from conftest import OBJECTS, SRC
 from scipy import linalg, stats
 
 from diffusion.guidance import classifier_guidance
-from diffusion.schedule import make_scheduler, unscale
+from diffusion.samplers import make_scheduler
+from diffusion.schedule import unscale
 from judging.evaluator import Evaluator, build_evaluator, calibrate, judge_scores
 from judging.intervals import Interval
 from judging.metrics import count_interval, paired_difference, record, summarise

@@ -8,7 +8,8 @@ from conftest import OBJECTS, LinearModel, error_of, train_argv
 
 import train
 from diffusion.guidance import guided_prediction
-from diffusion.schedule import make_scheduler, unscale
+from diffusion.samplers import make_scheduler
+from diffusion.schedule import unscale
 from judging.evaluator import load_evaluator
 from network.checkpoint import load_checkpoint
 from runtime.seeds import derive_seed
