@@ -34,7 +34,7 @@ from iclevr.labels import read_objects, read_train
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture
 from iclevr.scene import PICTURES
-from render_iclevr import file_names, write_labels
+from iclevr.standin import file_names, write_labels
 from runtime.device import autocast_dtype, pick_device
 from runtime.files import write_json
 from runtime.settings import (

@@ -28,7 +28,7 @@ from common import machine, show, spread, table
 from iclevr.dataset import CHECK_EACH, keep_list, list_file
 from iclevr.labels import read_train
 from iclevr.scene import OBJECTS, PICTURES
-from render_iclevr import write_labels
+from iclevr.standin import write_labels
 from runtime.device import pick_device
 from runtime.files import make_folder, write_json
 from runtime.settings import ROOT, PositiveInt, Settings, UserError, parse_args, run

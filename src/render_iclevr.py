@@ -14,7 +14,6 @@ and unseen_pairs.json, for src/test.py --conditions. src/hold_out.py does the sa
 is already there.
 """
 
-import functools
 import multiprocessing as mp
 import os
 import signal
@@ -22,31 +21,16 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import Field
 
-from iclevr.held_out import (
-    NOTHING,
-    SIZES,
-    HeldOut,
-    choose_held_out,
-    held_out_conditions,
-)
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture
-from iclevr.scene import (
-    MOST_PICTURES,
-    NAMES,
-    OBJECTS,
-    PICTURES,
-    make_conditions,
-    make_large_conditions,
-    sample_labels,
-)
+from iclevr.scene import MOST_PICTURES, PICTURES, sample_labels
+from iclevr.standin import draw_sheet, file_names, hold_out, write_labels
 from runtime.files import (
     atomic_write,
     lock_folder,
@@ -99,27 +83,6 @@ class RenderConfig(Settings):
     """Light paths per pixel; more is smoother at edges and takes longer."""
     num_workers: PositiveInt = os.cpu_count() or 1
     """Processes that render; the files do not depend on it."""
-
-
-def file_names(i: int, count: int = PICTURES) -> list[str]:
-    """Names of the pictures of sequence i."""
-    return [f"CLEVR_train_{i:06d}_{k}.png" for k in range(count)]
-
-
-@functools.cache
-def hold_out(seed: int, share_sets: float, share_pairs: float) -> HeldOut:
-    """What no picture shows; of test.json and new_test.json nothing is held out."""
-    if share_sets == share_pairs == 0:
-        return NOTHING
-    sets = {frozenset(names) for size in SIZES for names in combinations(NAMES, size)}
-    keep = [frozenset(names) for split in make_conditions(seed) for names in split]
-    held_out = choose_held_out(sets, keep, share_sets, share_pairs, seed)
-    if held_out == NOTHING:
-        raise UserError(
-            f"--hold_out_sets {share_sets}, --hold_out_pairs {share_pairs}: hold out nothing; "
-            "use more"
-        )
-    return held_out
 
 
 def _work(job: tuple[RenderConfig, int, list[int]]) -> int:
@@ -200,47 +163,6 @@ def _render_all(config: RenderConfig, jobs: list[tuple[RenderConfig, int, list[i
             ) from None
 
 
-def _draw_sheet(config: RenderConfig) -> None:
-    """sheet.png: the last pictures of the first 32 sequences, squeezed as a network sees them."""
-
-    def last(i: int) -> str:
-        return file_names(i, config.max_objects)[-1]
-
-    side, columns = 128, 8
-    numbers = range(min(32, config.num_sequences))
-    sheet = Image.new("RGB", (columns * side, -(-len(numbers) // columns) * side))
-    for i in numbers:
-        with Image.open(config.out_dir / "iclevr" / last(i)) as picture:
-            small = picture.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
-        place = (i % columns * side, i // columns * side)
-        sheet.paste(small.resize((side, side), Image.Resampling.BICUBIC), place)
-    with atomic_write(config.out_dir / "sheet.png") as temporary:
-        sheet.save(temporary)
-
-
-def write_labels(
-    folder: Path,
-    seed: int,
-    num_sequences: int,
-    max_objects: int = PICTURES,
-    held_out: HeldOut = NOTHING,
-) -> None:
-    """The course's four JSON files, objects, both lists of conditions, and what pictures show; and
-    conditions beyond the course: four and five objects, and what is held out."""
-    test, new_test = make_conditions(seed)
-    train = {}
-    for i in range(num_sequences):
-        names = [NAMES[n] for n in sample_labels(seed, i, max_objects, held_out)]
-        train |= {name: names[: k + 1] for k, name in enumerate(file_names(i, max_objects))}
-    files = {"objects": OBJECTS, "test": test, "new_test": new_test, "train": train}
-    files |= make_large_conditions(seed)
-    if held_out != NOTHING:
-        shown = {frozenset(names) for names in train.values()}
-        files |= held_out_conditions(held_out, shown, map(frozenset, test + new_test), seed)
-    for name, content in files.items():
-        write_json(folder / f"{name}.json", content)
-
-
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(RenderConfig, argv)
     _check_made_here(config)  # a folder of something else gets no lock, either
@@ -272,7 +194,7 @@ def _render(config: RenderConfig) -> None:
     if jobs:
         _render_all(config, jobs)
     write_labels(config.out_dir, config.seed, config.num_sequences, config.max_objects, held_out)
-    _draw_sheet(config)
+    draw_sheet(config.out_dir, config.num_sequences, config.max_objects)
     total = config.num_sequences * config.max_objects
     print(f"{total} pictures in {config.out_dir}; sheet.png shows some")
 

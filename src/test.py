@@ -43,7 +43,7 @@ from judging.figures import confusion_chart, grid, pairs, save_figure, save_imag
 from judging.metrics import record
 from judging.prompt import draw_addition, draw_prompt, draw_strip
 from judging.realism import frechet_floor, nearest
-from judging.summary import comparison, in_words, sum_up
+from judging.summary import comparison, in_words, log_results, sum_up
 from runtime import processes
 from runtime.files import make_folder, write_json
 from runtime.provenance import provenance
@@ -171,19 +171,6 @@ def check_together(config: TestConfig) -> None:
     if (config.add is None) != (config.to is None):
         given = f"--to {config.to}" if config.add is None else f"--add {config.add!r}"
         raise UserError(f'{given}: use both, as in --add "green cube" --to scene.png')
-
-
-def log_results(tracker: Tracker, found: dict[str, Any], folder: Path) -> None:
-    """Figures and pictures, to Weights & Biases."""
-    values = {
-        f"{s}_{f}": i.mean for s, of_split in found["figures"].items() for f, i in of_split.items()
-    }
-    if "frechet_distance" in found:
-        values["frechet_distance"] = found["frechet_distance"].mean
-    tracker.log(values)
-    for picture in sorted(folder.glob("*.png")):
-        tracker.log_picture(picture.stem, picture)
-    tracker.finish()
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:

@@ -1,10 +1,14 @@
 """A tiny world for the tests: coloured squares instead of scenes, in the course's layout."""
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for what a test starts too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

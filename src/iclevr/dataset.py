@@ -285,3 +285,10 @@ def _leave_signals_to_the_parent(_: int) -> None:
 
 def _as_is(batch: Any) -> Any:
     return batch  # IclevrDataset.__getitems__ has made it a batch already
+
+
+def data_key(dataset: IclevrDataset) -> str:
+    """Hash of the training pictures' names and labels, to resume on the same ones only."""
+    key = hashlib.sha256("\n".join(dataset.names).encode("utf-8", "surrogatepass"))
+    key.update(dataset.labels.numpy().tobytes())
+    return key.hexdigest()

@@ -14,6 +14,7 @@ from judging.intervals import Interval, mean_interval
 from judging.metrics import SHARES, markdown, paired_difference, summarise, table
 from runtime.files import read_json
 from runtime.settings import UserError, to_dict
+from runtime.tracking import Tracker
 
 
 def sum_up(bench: Bench, config: BenchConfig, draws: list[Draw]) -> dict[str, Any]:
@@ -114,3 +115,16 @@ def comparison(run_folder: Path) -> str:
     first, last = ["sampling", "step", "seeds", "judge"], "Frechet distance (pictures)"
     tables = [markdown([*first, *names, last], rows, 4) for (*names, _), rows in rows_of.items()]
     return "\n\n".join(tables)
+
+
+def log_results(tracker: Tracker, found: dict[str, Any], folder: Path) -> None:
+    """Figures and pictures, to Weights & Biases."""
+    values = {
+        f"{s}_{f}": i.mean for s, of_split in found["figures"].items() for f, i in of_split.items()
+    }
+    if "frechet_distance" in found:
+        values["frechet_distance"] = found["frechet_distance"].mean
+    tracker.log(values)
+    for picture in sorted(folder.glob("*.png")):
+        tracker.log_picture(picture.stem, picture)
+    tracker.finish()

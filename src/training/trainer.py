@@ -1,6 +1,5 @@
 """A training from its first step, or a checkpoint, to its last."""
 
-import hashlib
 import math
 import sys
 import time
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffusion.samplers import make_scheduler
-from iclevr.dataset import IclevrDataset
+from iclevr.dataset import data_key
 from judging.evaluator import Evaluator
 from network.checkpoint import Checkpoint, load_weights, save_checkpoint
 from network.model import widened
@@ -324,10 +323,3 @@ class Trainer:
         self.log(values | {"picture": name})
         self.previewed_step = self.state.step
         self.restart_clock()
-
-
-def data_key(dataset: IclevrDataset) -> str:
-    """Hash of the training pictures' names and labels, to resume on the same ones only."""
-    key = hashlib.sha256("\n".join(dataset.names).encode("utf-8", "surrogatepass"))
-    key.update(dataset.labels.numpy().tobytes())
-    return key.hexdigest()

@@ -18,7 +18,8 @@ from iclevr import ray_tracer
 from iclevr.placement import _well_seen, sample_sequence
 from iclevr.ray_tracer import hit, object_ids, render_picture, unit
 from iclevr.scene import NAMES, PICTURES, RADIUS, Item, Sequence, make_conditions, sample_labels
-from render_iclevr import file_names, main
+from iclevr.standin import file_names
+from render_iclevr import main
 from runtime.files import lock_folder
 from runtime.settings import UserError
 

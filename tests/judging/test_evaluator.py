@@ -22,8 +22,9 @@ from judging.evaluator import (
     git_blob_hash,
     load_evaluator,
 )
-from runtime.settings import UserError
-from train_evaluator import split_by_sequence
+from runtime.settings import ROOT, UserError
+from training import classifier
+from training.classifier import split_by_sequence
 
 
 def plain_accuracy(scores, labels):
@@ -205,6 +206,10 @@ def test_training_learns_and_writes_the_courses_format(tmp_path, monkeypatch, ca
     info = train_evaluator.main([*argv, "--device", "cpu"])
     assert info["held_out_pictures"] == 6 and info["held_out_accuracy"]["mean"] >= 0.9
     assert info["held_out_exact_sets"]["mean"] == 1
+    assert info["held_out_by_number"] == {
+        1: {"accuracy": info["held_out_accuracy"], "exact_sets": info["held_out_exact_sets"]}
+    }
+    assert "with 1 object: accuracy" in capsys.readouterr().out
     judge = load_evaluator(folder / "evaluator.pth", OBJECTS)
     assert judge.name == "trained on data"  # "stand-in" where render.json lies
     images = torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, 1.0)])
@@ -213,11 +218,23 @@ def test_training_learns_and_writes_the_courses_format(tmp_path, monkeypatch, ca
     assert dataset.find_data(dataset.DataConfig(data_dir=folder)).evaluator is not None
 
 
+def test_a_judge_starts_from_another(world, tmp_path):
+    """At a learning rate near zero it stays what it was, but for the statistics of its norms."""
+    file, out = ROOT / "data" / "standin" / "evaluator.pth", tmp_path / "more.pth"
+    argv = ["--data_dir", str(world), "--epochs", "1", "--device", "cpu", "--out", str(out)]
+    info = train_evaluator.main([*argv, "--init_from", str(file), "--lr", "1e-9"])
+    first, more = (load_evaluator(path, OBJECTS).model.state_dict() for path in (file, out))
+    assert all(torch.allclose(more[k], v, atol=1e-3) for k, v in first.items() if "weight" in k)
+    assert info["init_from"] == load_evaluator(file, OBJECTS).blob
+    message = error_of(train_evaluator.main, [*argv, "--overwrite", "--init_from", tmp_path / "no"])
+    assert "no: not found" in message
+
+
 def test_a_judge_that_was_stopped_goes_on_to_the_same_weights(world, monkeypatch, capsys):
     """By a signal within an epoch, or later by a kill."""
     argv = ["--data_dir", str(world), "--epochs", "3", "--batch_size", "3", "--device", "cpu"]
     train_evaluator.main([*argv, "--out", str(world / "whole.pth")])
-    real, steps = train_evaluator.disturb, iter(range(100))
+    real, steps = classifier.disturb, iter(range(100))
 
     def disturb_and_stop(*args):
         step = next(steps)
@@ -227,8 +244,8 @@ def test_a_judge_that_was_stopped_goes_on_to_the_same_weights(world, monkeypatch
             raise MemoryError
         return real(*args)
 
-    monkeypatch.setattr(train_evaluator, "disturb", disturb_and_stop)
-    monkeypatch.setattr(train_evaluator, "SAVE_EACH_S", 0)
+    monkeypatch.setattr(classifier, "disturb", disturb_and_stop)
+    monkeypatch.setattr(classifier, "SAVE_EACH_S", 0)
     with pytest.raises(SystemExit) as ended:
         train_evaluator.main(argv)
     assert ended.value.code == 128 + signal.SIGUSR1

@@ -16,6 +16,7 @@ import guidance_scale
 import render_iclevr
 import test
 import train
+from iclevr import standin
 from iclevr.dataset import IclevrDataset, get_dataloader
 from network.checkpoint import load_checkpoint
 from runtime import files
@@ -60,7 +61,7 @@ def test_all_scripts_under_windows_rules(world, tmp_path):
     assert "实验" in sweep.read_text(encoding="utf-8")
     export.main(["--ckpt_path", str(checkpoint), "--out", str(tmp_path / "folder")])
     train.main(["--resume", str(tmp_path / "实验"), "--epochs", "3"])
-    render_iclevr.write_labels(tmp_path / "rendered", 0, 2)
+    standin.write_labels(tmp_path / "rendered", 0, 2)
     config = render_iclevr.RenderConfig(out_dir=tmp_path, width=32, height=32, samples=1)
     assert render_iclevr._work((config, 0, [0])) == 1
 
