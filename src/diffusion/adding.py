@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion.guidance import Guide
 from diffusion.samplers import make_scheduler
 from diffusion.sampling import Inpainting, sample
 from diffusion.schedule import scale
@@ -100,6 +101,7 @@ def add_objects(
     after: Tensor,
     seeds: Sequence[int],
     sampling: SamplingConfig,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw what is in `after` but not in `before` into pictures; the rest of them stays.
 
@@ -107,7 +109,7 @@ def add_objects(
         images: (N, 3, S, S) in [-1, 1].
         before, after: (N, K) multi-hot, what the pictures show and what they shall show.
         seeds: N seeds.
-        sampling: as of `sample`; with `resample` above 1 the new object fits in better.
+        sampling, guide: as of `sample`; with `resample` above 1 the new object fits in better.
 
     Returns:
         pictures (N, 3, S, S) in [-1, 1] and the discs that were drawn anew (N, 1, S, S), on the CPU
@@ -120,7 +122,7 @@ def add_objects(
     images, before, after = (part.to(device) for part in (images, before, after))
     free = find_places(model, noise, images, before, after, seeds)
     inpainting = Inpainting(scale(images, noise), free)
-    result, _ = sample(model, noise, after, seeds, sampling, inpainting=inpainting)
+    result, _ = sample(model, noise, after, seeds, sampling, guide=guide, inpainting=inpainting)
     # The network's arithmetic has left its mark on what was only carried through.
     outside = (free == 0).cpu()
     return torch.where(outside, images.cpu(), result), free.cpu()
