@@ -105,9 +105,15 @@ def plan(
     """What is to be drawn, with all that the settings leave open.
 
     Raises:
-        UserError: unknown objects, a bad seed, or steps that the sampler can't take.
+        UserError: unknown objects, a bad seed, steps that the sampler can't take, or a guidance
+            that does not heed what must not come.
     """
     encode_condition(objects, without, bench.checkpoint.objects)
+    if without and sampling.guidance_scale == 0 and sampling.guidance_interval == (0, 1):
+        raise UserError(
+            f"--without {', '.join(without)!r}: does nothing with --guidance_scale 0, which draws "
+            "without any condition; raise --guidance_scale"
+        )
     steps = check_steps(bench.checkpoint.config.noise, sampling)
     sampling = replace(sampling, num_inference_steps=steps)
     values = {
