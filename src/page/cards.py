@@ -21,8 +21,10 @@ MARKS = {"right": "&#10003;", "missing": "&#10007;", "extra": "+"}
 TITLES = {"right": "asked for, and there", "missing": "asked for, not there",
           "extra": "there, not asked for"}  # fmt: skip
 FIELDS = {"scheduler": "sampler", "num_inference_steps": "steps", "guidance_scale": "guidance",
-          "resample": "repeats", "prompt": "scene"}  # fmt: skip
+          "resample": "repeats", "prompt": "scene", "compose": "objects asked for"}  # fmt: skip
 """What the page calls the settings."""
+COMPOSITIONS = {"joint": "as one scene", "objects": "one by one", "both": "both ways"}
+"""What it calls the ways of asking for objects."""
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:
@@ -61,6 +63,7 @@ def how(sampling: SamplingConfig) -> str:
     for name, value in asdict(sampling).items():
         told = name in ("scheduler", "num_inference_steps", "guidance_scale", "batch_size")
         if not told and value != usual[name]:
+            value = COMPOSITIONS[value] if name == "compose" else value
             text += f", {FIELDS.get(name, name).replace('_', ' ')} {value}"
     return text
 
@@ -145,5 +148,7 @@ def summary(shown: Shown, titles: Sequence[str] = ()) -> str:
         if given_up := len(shown) - right:
             text += f"; {given_up} given up after {max(p.tries for p in pictures)}"
         text += ". Chosen by the judge, so no measure of the network"
-    same = "the same noise" if titles else how(pictures[0].drawing.sampling)
+    drawing = pictures[0].drawing
+    same = "the same noise" if titles else how(drawing.sampling)
+    same += f", without {', '.join(drawing.without)}" if drawing.without else ""
     return f"{text}. Drawn {'from' if titles else 'by'} {escape(same)}."

@@ -40,6 +40,13 @@ def sentence(error: UserError) -> str:
     return f'<div class="error" role="alert">{escape(text[0].upper() + text[1:])}</div>'
 
 
+def seed_of(seed: int | None) -> int:
+    """What is in its box."""
+    if seed is None:
+        raise UserError("seed: is empty; write a number from 0 on")
+    return seed
+
+
 @dataclass(frozen=True)
 class Session:
     """What one visitor has before him."""
@@ -69,27 +76,29 @@ class Handlers:
         self.bench, self.objects = bench, bench.checkpoint.objects
         self.noise = bench.checkpoint.config.noise
 
-    def settings(
-        self, prompt: str, base: SamplingConfig, sampler: str, steps: int, guidance: float,
-        repeats: int,
-    ) -> tuple[list[str], SamplingConfig]:  # fmt: skip
-        """Objects and settings that the controls ask for.
+    def sampling(
+        self, base: SamplingConfig, sampler: str, steps: int, guidance: float, repeats: int,
+        compose: str,
+    ) -> SamplingConfig:  # fmt: skip
+        """The settings that the controls ask for.
 
         Args:
             base: the settings that have no control; those of a file that was opened.
         """
         values = asdict(base) | {
             "scheduler": sampler, "num_inference_steps": steps, "guidance_scale": guidance,
-            "resample": repeats,
+            "resample": repeats, "compose": compose,
         }  # fmt: skip
-        return parse_prompt(prompt, self.objects), from_dict(SamplingConfig, values, source="")
+        return from_dict(SamplingConfig, values, source="")
 
-    def drawings(self, prompt: str, seed: int | None, count: int, *how: Any) -> list[Drawing]:
+    def drawings(
+        self, prompt: str, without: str, seed: int | None, count: int, *how: Any
+    ) -> list[Drawing]:
         """What the controls ask for; picture i has the seed `seed` + i."""
-        names, sampling = self.settings(prompt, *how)
-        if seed is None:
-            raise UserError("seed: is empty; write a number from 0 on")
-        return [plan(self.bench, names, seed + i, sampling) for i in range(count)]
+        names, sampling = parse_prompt(prompt, self.objects), self.sampling(*how)
+        unwanted = parse_prompt(without, self.objects, "--without") if without.strip() else []
+        first = seed_of(seed)
+        return [plan(self.bench, names, first + i, sampling, unwanted) for i in range(count)]
 
     def show(
         self, drawings: Sequence[Drawing], frames: Iterable[Shown], titles: Sequence[str] = ()
@@ -123,15 +132,16 @@ class Handlers:
 
         A sampler that can't take so many steps takes as many as it can; its title says how many.
         """
-        prompt, seed, _, *how = controls
+        prompt, without, seed, _, *how = controls
         drawings = {}
         for scale in scales if kind == KINDS[0] else ():
-            (drawing,) = self.drawings(prompt, seed, 1, *how[:3], scale, *how[4:])
+            (drawing,) = self.drawings(prompt, without, seed, 1, *how[:3], scale, *how[4:])
             drawings[f"guidance {scale:g}"] = drawing
         for sampler in samplers if kind == KINDS[1] else ():
-            _, sampling = self.settings(prompt, how[0], sampler, *how[2:])
+            sampling = self.sampling(how[0], sampler, *how[2:])
             steps = with_steps(self.noise, sampling).num_inference_steps
-            (drawing,) = self.drawings(prompt, seed, 1, how[0], sampler, steps, *how[3:])
+            way = how[0], sampler, steps, *how[3:]
+            (drawing,) = self.drawings(prompt, without, seed, 1, *way)
             drawings[f"{sampler}, {steps} steps"] = drawing
         if not drawings:
             raise UserError("choose at least one to compare")
@@ -140,28 +150,26 @@ class Handlers:
 
     def open_file(self, path: str) -> Iterator[tuple]:
         """Draw the picture of a JSON file, and set the controls to what it says: what `draw`
-        yields, and picker, prompt, seed, count, base, sampler, steps, guidance and repeats."""
+        yields, and picker, prompt, without, seed, count, base, sampler, steps, guidance, repeats
+        and compose."""
         try:
             drawing = read_drawing(Path(path))
             note = check_origin(drawing, self.bench, Path(path).name)
-            if drawing.without:
-                raise UserError(
-                    f"{path}: draws without {', '.join(drawing.without)}, which the page has "
-                    "no control for; use src/test.py --from_json"
-                )
         except UserError as error:
             text = str(error).replace(path, Path(path).name)
-            yield gr.skip(), sentence(UserError(text)), *[gr.skip()] * 10
+            yield gr.skip(), sentence(UserError(text)), *[gr.skip()] * 12
             return
         base = with_steps(self.noise, drawing.sampling)
         drawing = replace(drawing, sampling=base)
         steps, scale, repeats = base.num_inference_steps, base.guidance_scale, base.resample
         names = [*drawing.objects]
-        controls = [names, ", ".join(names), drawing.seed, 1, base, base.scheduler]
+        controls = [names, ", ".join(names), ", ".join(drawing.without), drawing.seed, 1, base]
         controls += [
+            base.scheduler,
             gr.Slider(value=steps, maximum=max(MOST_STEPS, steps)),
             gr.Slider(value=scale, minimum=min(0, scale), maximum=max(MOST_GUIDANCE, scale)),
             gr.Slider(value=repeats, maximum=max(MOST_REPEATS, repeats)),
+            base.compose,
         ]
         for html, text, session in self.show([drawing], draw_all(self.bench, [drawing])):
             yield html, f"{text} {escape(note)}", session, *controls

@@ -7,7 +7,7 @@ import gradio as gr
 
 from diffusion.samplers import SCHEDULERS
 from judging.drawing import with_steps
-from page.cards import picker
+from page.cards import COMPOSITIONS, picker
 from page.handlers import (
     KINDS,
     MOST_GUIDANCE,
@@ -32,6 +32,7 @@ class Controls:
 
     picker: gr.HTML
     prompt: gr.Textbox
+    without: gr.Textbox
     seed: gr.Number
     count: gr.Slider
     base: gr.State
@@ -39,13 +40,18 @@ class Controls:
     steps: gr.Slider
     guidance: gr.Slider
     repeats: gr.Slider
+    compose: gr.Dropdown
     file: gr.UploadButton
+
+    @property
+    def how(self) -> list[gr.components.Component]:
+        """What `Handlers.sampling` takes."""
+        return [self.base, self.sampler, self.steps, self.guidance, self.repeats, self.compose]
 
     @property
     def all(self) -> list[gr.components.Component]:
         """What `Handlers.drawings` takes."""
-        return [self.prompt, self.seed, self.count, self.base, self.sampler, self.steps,
-                self.guidance, self.repeats]  # fmt: skip
+        return [self.prompt, self.without, self.seed, self.count, *self.how]
 
 
 def left_side(handlers: Handlers) -> Controls:
@@ -71,6 +77,12 @@ def left_side(handlers: Handlers) -> Controls:
     with gr.Row():
         sampler = gr.Dropdown([*SCHEDULERS], value=usual.scheduler, label="Sampler", min_width=120)
         seed = gr.Number(0, label="Seed", precision=0, min_width=120, elem_id="seed")
+    with gr.Accordion("More", open=False, elem_id="more"):
+        without = gr.Textbox(label="Without", placeholder="purple cylinder", elem_id="without")
+        compose = gr.Dropdown(
+            [(words, name) for name, words in COMPOSITIONS.items()], value=usual.compose,
+            label="Objects asked for", elem_id="compose",
+        )  # fmt: skip
     file = gr.UploadButton("Open a picture's JSON", file_types=[".json"], size="sm", elem_id="open")
     base = gr.State(usual)
     pick.input(None, pick, prompt, js="(names) => names.join(', ')")
@@ -78,7 +90,9 @@ def left_side(handlers: Handlers) -> Controls:
         handlers.names, prompt, pick, show_progress="hidden", queue=False,
         trigger_mode="always_last",
     )  # fmt: skip
-    return Controls(pick, prompt, seed, count, base, sampler, steps, guidance, repeats, file)
+    return Controls(
+        pick, prompt, without, seed, count, base, sampler, steps, guidance, repeats, compose, file
+    )
 
 
 def draw_tab(handlers: Handlers, controls: Controls) -> None:
@@ -102,6 +116,7 @@ def draw_tab(handlers: Handlers, controls: Controls) -> None:
         cancels=[
             draw.click(handlers.draw, inputs, shown, **hidden),
             controls.prompt.submit(handlers.draw, inputs, shown, **hidden),
+            controls.without.submit(handlers.draw, inputs, shown, **hidden),
             again_seed.then(handlers.draw, inputs, shown, **hidden),
             keep.click(handlers.keep, inputs, shown, **hidden),
             controls.file.upload(
