@@ -191,13 +191,23 @@ def test_results_or_the_command_that_makes_them(trained, handlers, tmp_path):
     flags = f"--ckpt_path {path} --data_dir {data} --output_dir {tmp_path} --scheduler dpmpp"
     assert f"python src/test.py {flags}" in words and not charts
     assert f"python src/guidance_scale.py {flags}" in sweep
-    test.main([*flags.split(), "--device", "cpu", "--wandb", "disabled"])
+    argv = [*flags.split(), "--device", "cpu", "--wandb", "disabled"]
+    test.main(argv)
     words, charts, sweep, _ = last_results(handlers.bench, path, config, tmp_path)
     assert "exact_sets" in words and "dpmpp9-guidance3" in words
     assert re.findall('figure class="(.*?)"', charts) == [
         "test_grid", "new_test_grid", "confusion", "nearest", "denoising",
     ]  # fmt: skip
     assert "None yet" in sweep
+    own = [tmp_path / f"{name}.json" for name in ("pairs", "a&b")]
+    for file in own:
+        file.write_text(json.dumps([["red cube", "gray cube"]]))
+    test.main([*argv, "--conditions", *map(str, own)])
+    _, charts, _, _ = last_results(handlers.bench, path, config, tmp_path)
+    assert re.findall('figure class="(.*?)".*?<figcaption>(.*?)<', charts)[:3] == [
+        ("own", "a&amp;b.json"), ("own", "pairs.json"),
+        ("confusion", "what came instead of what was asked for"),
+    ]  # fmt: skip
     of_pretrained = last_results(handlers.bench, PRETRAINED, DataConfig(), app.AppConfig.output_dir)
     assert "python src/test.py --scheduler dpmpp\n" in of_pretrained[0]
 
