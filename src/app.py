@@ -22,7 +22,7 @@ from network.checkpoint import PRETRAINED
 from page.cards import portraits_css
 from page.handlers import Handlers
 from page.results import last_results
-from page.tabs import FILES, compare_tab, draw_tab, left_side
+from page.tabs import FILES, add_tab, compare_tab, draw_tab, left_side
 from runtime.settings import DataConfig, Settings, UserError, parse_args, run
 
 NO_TRAINING_PICTURES = (
@@ -64,11 +64,13 @@ def build(bench: Bench, config: AppConfig) -> gr.Blocks:
                 controls = left_side(handlers)
             with gr.Column(scale=8, min_width=340), gr.Tabs():
                 with gr.Tab("Draw"):
-                    draw_tab(handlers, controls)
+                    session = draw_tab(handlers, controls)
                     if bench.reference is None:
                         gr.HTML(NO_TRAINING_PICTURES)
                 with gr.Tab("Compare"):
                     compare_tab(handlers, controls)
+                with gr.Tab("Add"):
+                    add_tab(handlers, controls, session)
                 with gr.Tab("Results") as results:
                     parts = [
                         gr.Markdown(line_breaks=True),

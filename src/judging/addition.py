@@ -43,8 +43,9 @@ class Addition:
     """(K,): the judge's, in [0, 1]."""
     found: Evaluation | None = None
     """Both are None where there is no judge."""
+    seen_before: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
-    """What the judge sees."""
+    """What the judge sees, before and now."""
 
     @property
     def name(self) -> str:
@@ -74,8 +75,12 @@ class Addition:
         """What the judge does not see: objects that were there, and those that should be now."""
         if self.judge is None:
             return {}
-        lost, missing = (sorted({*names} - {*self.seen}) for names in (self.shows, self.added))
-        failures = {"no longer there": lost, "not added": missing}
+        gone, missing = (sorted({*names} - {*self.seen}) for names in (self.shows, self.added))
+        failures = {
+            "no longer there": [name for name in gone if name in self.seen_before],
+            "not there, as before": [name for name in gone if name not in self.seen_before],
+            "not added": missing,
+        }
         return {words: names for words, names in failures.items() if names}
 
     @property
@@ -91,7 +96,10 @@ class Addition:
             "largest_change_outside": self.change_outside,
             "share_drawn_anew": self.share_drawn_anew,
         }
-        return report | ({"judge": self.judge, "seen": [*self.seen]} if self.judge else {})
+        if self.judge is None:
+            return report
+        seen = {"seen_before": [*self.seen_before], "seen": [*self.seen]}
+        return report | {"judge": self.judge} | seen
 
 
 def open_picture(path: Path, side: int) -> Tensor:
@@ -130,10 +138,16 @@ def objects_in(
     remedy = f"fill in {flag}, such as 'red sphere'"
     if bench.judge is None:
         raise UserError(f"{picture}: no JSON beside it and no judge; {remedy}")
-    seen = (bench.judge.scores(image[None])[0] >= bench.judge.threshold).float()
-    if not seen.any():
+    seen = detected(bench, image)
+    if not seen:
         raise UserError(f"{picture}: the judge sees no object in it; {remedy}")
-    return decode_labels(seen, objects), f"judge: {bench.judge.name}"
+    return seen, f"judge: {bench.judge.name}"
+
+
+def detected(bench: Bench, image: Tensor) -> list[str]:
+    """The objects that the judge sees in a picture (3, S, S)."""
+    seen = bench.judge.scores(image[None])[0] >= bench.judge.threshold
+    return decode_labels(seen, bench.checkpoint.objects)
 
 
 def add(
@@ -176,5 +190,6 @@ def add(
         judge=bench.judge_name(sampling),
         scores=scores[0],
         found=found,
-        seen=tuple(decode_labels(found.detected[0].float(), objects)),
+        seen_before=tuple(detected(bench, image)),
+        seen=tuple(decode_labels(found.detected[0], objects)),
     )

@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 from torch import Tensor
@@ -80,6 +80,13 @@ class Picture:
     def right(self) -> bool:
         """Whether the judge sees exactly what was asked for."""
         return bool(self.found.exact)
+
+
+class Judged(Protocol):
+    """Whatever the judge has looked at: a `Picture`, an `Addition`."""
+
+    scores: Tensor
+    found: Evaluation
 
 
 Shown = list[Picture | Tensor | None]
@@ -224,7 +231,7 @@ def with_nearest(bench: Bench, pictures: Sequence[Picture]) -> list[Picture]:
     return found
 
 
-def seen(picture: Picture, objects: dict[str, int]) -> list[tuple[str, float, Literal]]:
+def seen(picture: Judged, objects: dict[str, int]) -> list[tuple[str, float, Literal]]:
     """What the judge says of a picture: name, score and "right", "missing" or "extra"."""
     rows = []
     asked, detected = picture.found.labels[0], picture.found.detected[0]

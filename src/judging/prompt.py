@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iclevr.labels import decode_labels, encode_condition, parse_prompt
-from judging.addition import add, objects_in, open_picture
+from iclevr.labels import encode_condition, parse_prompt
+from judging.addition import add, detected, objects_in, open_picture
 from judging.bench import Bench, settings_key
 from judging.drawing import plan, read_drawing
 from judging.figures import save_image, strip
@@ -68,8 +68,7 @@ def draw_prompt(
         print(f"asked for: {', '.join(names)}{but}\n{path}")
         if bench.judge is None:
             return path
-        detected = (bench.judge.scores(images[-1:])[0] >= bench.judge.threshold).float()
-        seen = ", ".join(decode_labels(detected, objects)) or "nothing"
+        seen = ", ".join(detected(bench, images[-1])) or "nothing"
         judge = bench.judge_name(sampling)
         print(f"judge ({judge}) sees: {seen}")
         if set(seen.split(", ")) != set(names):

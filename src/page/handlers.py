@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from torch import Tensor
 
+from iclevr.dataset import normalize, to_uint8
 from iclevr.labels import parse_prompt
+from judging.addition import add, objects_in, open_picture
 from judging.bench import Bench
 from judging.drawing import (
     Drawing,
@@ -23,7 +26,7 @@ from judging.drawing import (
     until_right,
     with_steps,
 )
-from page.cards import FIELDS, cards, summary
+from page.cards import FIELDS, before_and_after, cards, summary, what_became
 from runtime.settings import SamplingConfig, UserError, from_dict
 
 KINDS = ("guidance scales", "samplers")
@@ -74,7 +77,7 @@ class Handlers:
 
     def __init__(self, bench: Bench):
         self.bench, self.objects = bench, bench.checkpoint.objects
-        self.noise = bench.checkpoint.config.noise
+        self.noise, self.side = bench.checkpoint.config.noise, bench.model.image_size
 
     def sampling(
         self, base: SamplingConfig, sampler: str, steps: int, guidance: float, repeats: int,
@@ -147,6 +150,54 @@ class Handlers:
             raise UserError("choose at least one to compare")
         frames = draw_all(self.bench, [*drawings.values()])
         yield from self.show([*drawings.values()], frames, [*drawings])
+
+    def picture_of(
+        self, session: Session, number: int | None, upload: str | None
+    ) -> tuple[Path, Tensor, Drawing | None]:
+        """What the Add tab takes: the picture's name, the picture, and its drawing if there is one.
+
+        Args:
+            number: of a picture in the Draw tab, from 1 on; None: the one that was uploaded.
+        """
+        if number is not None:
+            if not 0 < number <= len(session.shown) or session.shown[number - 1] is None:
+                raise UserError(f"picture {number}: is not in the Draw tab; draw it, or upload one")
+            picture = session.shown[number - 1]
+            image = normalize(to_uint8(picture.image))  # as its PNG has it
+            return Path(f"{picture.drawing.name}.png"), image, picture.drawing
+        if upload is None:
+            raise UserError("picture: is empty; write a number from 1 on, or upload one")
+        try:
+            return Path(Path(upload).name), open_picture(Path(upload), self.side), None
+        except UserError as error:
+            raise UserError(str(error).replace(upload, Path(upload).name)) from None
+
+    @in_the_page
+    def show_picture(self, *which: Any) -> Iterator[tuple]:
+        """The picture that something is to be added to."""
+        picture, image, _ = self.picture_of(*which)
+        yield before_and_after(image, picture.stem, None, self.objects), "", gr.skip()
+
+    @in_the_page
+    def add(
+        self, session: Session, number: int | None, upload: str | None, there: str, added: str,
+        seed: int | None, *how: Any,
+    ) -> Iterator[tuple]:  # fmt: skip
+        """Add objects to a picture, as src/test.py --add does.
+
+        Args:
+            there: what the picture shows; if empty, what it was drawn from or the judge says so.
+        """
+        picture, image, drawing = self.picture_of(session, number, upload)
+        told = there if there.strip() else None
+        names, who = objects_in(self.bench, picture, image, told, drawing, "--what_is_there")
+        new, seed = parse_prompt(added, self.objects, "--add"), seed_of(seed)
+        sampling = self.sampling(*how)
+        shows = ", ".join(names) + (f" ({who})" if who else "")
+        html = before_and_after(image, shows, None, self.objects)
+        yield html, f"Adding {escape(', '.join(new))} &hellip;", gr.skip()
+        drawn = add(self.bench, sampling, picture, image, names, new, seed)
+        yield before_and_after(image, shows, drawn, self.objects), what_became(drawn), gr.skip()
 
     def open_file(self, path: str) -> Iterator[tuple]:
         """Draw the picture of a JSON file, and set the controls to what it says: what `draw`

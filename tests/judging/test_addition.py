@@ -60,12 +60,13 @@ def test_the_command_writes_what_is_computed(trained, bench, picture, tmp_path, 
 
 def test_what_became_of_it_is_said(bench, picture):
     drawn = add(bench, DDIM, picture, open_picture(picture, 16), ["red cube"], ["gray cube"], 7)
-    for seen, failures in (
-        (("red cube", "gray cube", "blue cube"), {}),
-        (("red cube",), {"not added": ["gray cube"]}),
-        ((), {"no longer there": ["red cube"], "not added": ["gray cube"]}),
+    for before, seen, failures in (
+        (("red cube",), ("red cube", "gray cube", "blue cube"), {}),
+        (("red cube",), ("red cube",), {"not added": ["gray cube"]}),
+        (("red cube",), ("gray cube",), {"no longer there": ["red cube"]}),
+        (("blue cube",), (), {"not there, as before": ["red cube"], "not added": ["gray cube"]}),
     ):
-        assert replace(drawn, seen=seen).failures == failures
+        assert replace(drawn, seen_before=before, seen=seen).failures == failures
     unjudged = add(replace(bench, judge=None), DDIM, picture, drawn.before, ["red cube"],
                    ["gray cube"], 7)  # fmt: skip
     assert not unjudged.failures and "seen" not in unjudged.report

@@ -184,6 +184,85 @@ def test_keeping_what_is_right_begins_with_what_is_there(handlers, monkeypatch):
     assert len(drawn) >= 2
 
 
+@pytest.fixture
+def empty_ground(monkeypatch):
+    """Nothing stands in the tiny world's pictures, which are of noise."""
+    monkeypatch.setattr("diffusion.adding.BUSY", 3)
+
+
+def test_an_object_is_added_as_the_command_does(trained, handlers, tmp_path, empty_ground):
+    """To a picture of the Draw tab, and to a file of which the judge says what it shows."""
+    data, _, path = trained
+    *_, (html, _, session) = handlers.draw(Session(), *CONTROLS)
+    file = tmp_path / "red-sphere_cyan-cube_seed4.png"
+    for name, content in files_of(html).items():
+        (tmp_path / name).write_bytes(content)
+    more = [replace(DDIM, eta=0.5), "ddim", 4, 2.0, 1, "both"]
+    argv = [*f"--ckpt_path {path} --data_dir {data} --output_dir {tmp_path} --device cpu "
+            "--scheduler ddim --num_inference_steps 4 --guidance_scale 2 --compose both --eta 0.5 "
+            "--seed 8".split(), "--add", "gray cube, blue cube", "--to"]  # fmt: skip
+    plain = tmp_path / "plain.png"
+    plain.write_bytes(file.read_bytes())
+    for shown, number, upload, there in (
+        (file, 2, None, ""), (plain, None, str(plain), "red cube, gray sphere"),
+    ):  # fmt: skip
+        asked = session, number, upload, there, "gray cube, blue cube", 8, *more
+        first, (html, text, _) = handlers.add(*asked)
+        assert "Adding gray cube, blue cube" in first[1] and "download" not in first[0]
+        written = test.main([*argv, str(shown), *(["--prompt", there] if there else [])])
+        files, described = files_of(html), json.loads(written.with_suffix(".json").read_text())
+        assert files[written.name] == written.read_bytes()
+        assert json.loads(files[f"{written.stem}.json"]) == described | {"picture": shown.name}
+        assert described["shows"] == (there.split(", ") if there else NAMES)
+        assert re.findall("<h3>(.*?)</h3>", html) == ["Before", "Drawn anew", "After"]
+        before = re.search(r'base64,(.*?)" alt="before"', html)[1]
+        assert base64.b64decode(before) == file.read_bytes()
+        assert "no value changed by more than 0 of 255" in text
+        assert [*handlers.show_picture(*asked[:3])][0][0].count(before) == 1
+
+
+def test_whether_it_was_added_is_said(handlers, empty_ground, monkeypatch):
+    *_, (_, _, session) = handlers.draw(Session(), *CONTROLS)
+    sees = {}
+    monkeypatch.setattr(type(handlers.bench.judge), "scores", lambda *_: sees["scores"])
+    for seen, words, kinds in (
+        ([*NAMES, "gray cube"], "<b>Added</b>: gray cube; what was there still is.", ["right"] * 3),
+        ([*NAMES, "blue cube"], "<b>Not added: gray cube</b>; Again tries the next seed.",
+         ["right", "right", "missing", "extra"]),
+        ([NAMES[0], "gray cube"], "<b>Not there, as before: cyan cube</b>",
+         ["right", "right", "missing"]),
+    ):  # fmt: skip
+        sees["scores"] = torch.full((1, 24), 0.02)
+        sees["scores"][0, [handlers.objects[name] for name in seen]] = 0.97
+        *_, (html, text, _) = handlers.add(session, 1, None, "", "gray cube", 0, *CONTROLS[4:])
+        assert text.startswith(words)
+        assert re.findall('<li class="(.*?)"', html) == kinds
+        assert ('class="card right"' in html) is (set(kinds) == {"right"})
+
+
+def test_what_cannot_be_added_ends_in_a_sentence(handlers, tmp_path):
+    *_, (_, _, session) = handlers.draw(Session(), *CONTROLS)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    for change, words in (
+        ({1: 0}, "Picture 0: is not in the Draw tab"),
+        ({1: 3}, "Picture 3: is not in the Draw tab"),
+        ({0: Session(session.drawings, (None, None))}, "Picture 1: is not in the Draw tab"),
+        ({1: None}, "Picture: is empty"),
+        ({1: None, 2: str(broken)}, "Broken.png: not a readable picture"),
+        ({3: "red ball"}, "What is there &#x27;red ball&#x27;: unknown object"),
+        ({4: "red ball"}, "Add &#x27;red ball&#x27;: unknown object"),
+        ({4: ""}, "an empty name"),
+        ({4: "cyan cube"}, "Add &#x27;cyan cube&#x27;: &#x27;cyan cube&#x27; is in the picture"),
+        ({5: None}, "Seed: is empty"),
+        ({5: -1}, "Seed -1"),
+        ({8: 7}, "Steps 7: does not divide"),
+    ):
+        usual = [session, 1, None, "", "gray cube", 0, *CONTROLS[4:]]
+        *_, (_, text, _) = handlers.add(*(change.get(i, value) for i, value in enumerate(usual)))
+        assert 'role="alert"' in text and words in text and str(tmp_path) not in text
+
+
 def test_results_or_the_command_that_makes_them(trained, handlers, tmp_path):
     data, _, path = trained
     config = DataConfig(data_dir=data)
