@@ -3,8 +3,8 @@
     python src/app.py                       # http://127.0.0.1:7860, with the pretrained network
     python src/app.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
 
-What it draws is what src/test.py --prompt draws with the same settings and seed, byte for byte; the
-JSON beside a picture is understood by both. Without --share nothing leaves the machine.
+What it draws is what src/test.py --prompt and --add draw with the same settings and seed, byte for
+byte; the JSON beside a scene is understood by both. Without --share nothing leaves the machine.
 """
 
 import os
