@@ -3,8 +3,8 @@
     python src/app.py                       # http://127.0.0.1:7860, with the pretrained network
     python src/app.py --ckpt_path output/ddpm-cfg-v1/checkpoints/model_epoch_500.pth
 
-What it draws is what src/test.py --prompt draws with the same settings and seed, byte for byte; the
-JSON beside a picture is understood by both. Without --share nothing leaves the machine.
+What it draws is what src/test.py --prompt and --add draw with the same settings and seed, byte for
+byte; the JSON beside a scene is understood by both. Without --share nothing leaves the machine.
 """
 
 import os
@@ -22,7 +22,7 @@ from network.checkpoint import PRETRAINED
 from page.cards import portraits_css
 from page.handlers import Handlers
 from page.results import last_results
-from page.tabs import FILES, compare_tab, draw_tab, left_side
+from page.tabs import FILES, add_tab, compare_tab, draw_tab, left_side
 from runtime.settings import DataConfig, Settings, UserError, parse_args, run
 
 NO_TRAINING_PICTURES = (
@@ -64,11 +64,13 @@ def build(bench: Bench, config: AppConfig) -> gr.Blocks:
                 controls = left_side(handlers)
             with gr.Column(scale=8, min_width=340), gr.Tabs():
                 with gr.Tab("Draw"):
-                    draw_tab(handlers, controls)
+                    session = draw_tab(handlers, controls)
                     if bench.reference is None:
                         gr.HTML(NO_TRAINING_PICTURES)
                 with gr.Tab("Compare"):
                     compare_tab(handlers, controls)
+                with gr.Tab("Add"):
+                    add_tab(handlers, controls, session)
                 with gr.Tab("Results") as results:
                     parts = [
                         gr.Markdown(line_breaks=True),

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion.guidance import Guide
 from diffusion.samplers import make_scheduler
 from diffusion.sampling import Inpainting, sample
 from diffusion.schedule import scale
-from runtime.seeds import draw_noise
+from runtime.seeds import derive_seed, draw_noise
 from runtime.settings import SamplingConfig, SchedulerConfig, UserError
 
 LEVELS = (0.65, 0.8)
@@ -50,14 +51,14 @@ def find_places(
     images: Tensor,
     before: Tensor,
     after: Tensor,
-    generators: Sequence[torch.Generator],
+    seeds: Sequence[int],
 ) -> Tensor:
     """Discs in which what is in `after` but not in `before` may be drawn.
 
     Args:
         images: (N, 3, S, S) in [-1, 1] on the network's device.
         before, after: (N, K) multi-hot, what the pictures show and what they shall show.
-        generators: N on the CPU, one for each picture.
+        seeds: N, one for each picture; its own noise is another.
 
     Returns:
         (N, 1, S, S): 1 inside, 0 outside, a soft edge of two pixels in between.
@@ -66,6 +67,7 @@ def find_places(
         UserError: no place is free.
     """
     device, side = images.device, images.shape[-1]
+    generators = [torch.Generator().manual_seed(derive_seed(seed, 9, 0)) for seed in seeds]
     scheduler, x_0 = make_scheduler(noise), scale(images, noise)
     differs = torch.zeros(len(images), 1, side, side, device=device)
     for level in LEVELS:
@@ -99,6 +101,7 @@ def add_objects(
     after: Tensor,
     seeds: Sequence[int],
     sampling: SamplingConfig,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw what is in `after` but not in `before` into pictures; the rest of them stays.
 
@@ -106,7 +109,7 @@ def add_objects(
         images: (N, 3, S, S) in [-1, 1].
         before, after: (N, K) multi-hot, what the pictures show and what they shall show.
         seeds: N seeds.
-        sampling: as of `sample`; with `resample` above 1 the new object fits in better.
+        sampling, guide: as of `sample`; with `resample` above 1 the new object fits in better.
 
     Returns:
         pictures (N, 3, S, S) in [-1, 1] and the discs that were drawn anew (N, 1, S, S), on the CPU
@@ -117,10 +120,9 @@ def add_objects(
     model.eval()
     device = next(model.parameters()).device
     images, before, after = (part.to(device) for part in (images, before, after))
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    free = find_places(model, noise, images, before, after, generators)
+    free = find_places(model, noise, images, before, after, seeds)
     inpainting = Inpainting(scale(images, noise), free)
-    result, _ = sample(model, noise, after, seeds, sampling, inpainting=inpainting)
+    result, _ = sample(model, noise, after, seeds, sampling, guide=guide, inpainting=inpainting)
     # The network's arithmetic has left its mark on what was only carried through.
     outside = (free == 0).cpu()
     return torch.where(outside, images.cpu(), result), free.cpu()

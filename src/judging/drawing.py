@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 from torch import Tensor
@@ -82,6 +82,13 @@ class Picture:
         return bool(self.found.exact)
 
 
+class Judged(Protocol):
+    """Whatever the judge has looked at: a `Picture`, an `Addition`."""
+
+    scores: Tensor
+    found: Evaluation
+
+
 Shown = list[Picture | Tensor | None]
 """Pictures, one of them perhaps on its way (3, S, S), those to come None."""
 
@@ -105,9 +112,15 @@ def plan(
     """What is to be drawn, with all that the settings leave open.
 
     Raises:
-        UserError: unknown objects, a bad seed, or steps that the sampler can't take.
+        UserError: unknown objects, a bad seed, steps that the sampler can't take, or a guidance
+            that does not heed what must not come.
     """
     encode_condition(objects, without, bench.checkpoint.objects)
+    if without and sampling.guidance_scale == 0 and sampling.guidance_interval == (0, 1):
+        raise UserError(
+            f"--without {', '.join(without)!r}: does nothing with --guidance_scale 0, which draws "
+            "without any condition; raise --guidance_scale"
+        )
     steps = check_steps(bench.checkpoint.config.noise, sampling)
     sampling = replace(sampling, num_inference_steps=steps)
     values = {
@@ -218,7 +231,7 @@ def with_nearest(bench: Bench, pictures: Sequence[Picture]) -> list[Picture]:
     return found
 
 
-def seen(picture: Picture, objects: dict[str, int]) -> list[tuple[str, float, Literal]]:
+def seen(picture: Judged, objects: dict[str, int]) -> list[tuple[str, float, Literal]]:
     """What the judge says of a picture: name, score and "right", "missing" or "extra"."""
     rows = []
     asked, detected = picture.found.labels[0], picture.found.detected[0]

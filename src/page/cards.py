@@ -5,24 +5,31 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from iclevr.dataset import resize
 from iclevr.portrait import portrait
-from judging.drawing import Drawing, Picture, Shown, seen
+from judging.addition import Addition
+from judging.drawing import Judged, Picture, Shown, seen
+from judging.evaluator import Evaluation
 from judging.figures import to_image, to_png
 from runtime.settings import SamplingConfig, to_dict
 
 ENLARGED = 512
 """Side of the enlarged picture."""
+FADED = 0.8
+"""What stands for all that is held, in [-1, 1]."""
 MARKS = {"right": "&#10003;", "missing": "&#10007;", "extra": "+"}
 TITLES = {"right": "asked for, and there", "missing": "asked for, not there",
           "extra": "there, not asked for"}  # fmt: skip
 FIELDS = {"scheduler": "sampler", "num_inference_steps": "steps", "guidance_scale": "guidance",
-          "resample": "repeats", "prompt": "scene"}  # fmt: skip
+          "resample": "repeats", "prompt": "scene", "compose": "objects asked for"}  # fmt: skip
 """What the page calls the settings."""
+COMPOSITIONS = {"joint": "as one scene", "objects": "one by one", "both": "both ways"}
+"""What it calls the ways of asking for objects."""
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:
@@ -61,6 +68,7 @@ def how(sampling: SamplingConfig) -> str:
     for name, value in asdict(sampling).items():
         told = name in ("scheduler", "num_inference_steps", "guidance_scale", "batch_size")
         if not told and value != usual[name]:
+            value = COMPOSITIONS[value] if name == "compose" else value
             text += f", {FIELDS.get(name, name).replace('_', ' ')} {value}"
     return text
 
@@ -69,18 +77,25 @@ def _image(image: Tensor, text: str) -> str:
     return f'<img src="{data_uri(to_png(to_image(image)))}" alt="{escape(text, quote=True)}">'
 
 
-def _verdict(picture: Picture) -> str:
-    tries = f" after {picture.tries} draws" if picture.tries > 1 else ""
-    if picture.right:
-        return f"right{tries}"
-    counts = {"missing": int(picture.found.missing), "extra": int(picture.found.extra)}
-    return ", ".join(f"{n} {what}" for what, n in counts.items() if n) + tries
+def _verdict(found: Evaluation, tries: int = 1) -> str:
+    draws = f" after {tries} draws" if tries > 1 else ""
+    if found.exact:
+        return f"right{draws}"
+    counts = {"missing": int(found.missing), "extra": int(found.extra)}
+    return ", ".join(f"{n} {what}" for what, n in counts.items() if n) + draws
 
 
-def _files(drawing: Drawing, image: Tensor) -> str:
+def _rows(picture: Judged, objects: dict[str, int]) -> str:
+    return "".join(
+        f'<li class="{kind}" title="{TITLES[kind]}"><span>{MARKS[kind]}</span>'
+        f'<i class="obj o-{objects[name]}"></i>{escape(name)}<b>{score:.2f}</b></li>'
+        for name, score, kind in seen(picture, objects)
+    )
+
+
+def _files(name: str, image: Tensor, content: Any) -> str:
     large = to_image(resize(image[None], ENLARGED)[0])
-    name, side = drawing.name, image.shape[-1]
-    described = json.dumps(to_dict(drawing), indent=2) + "\n"
+    side, described = image.shape[-1], json.dumps(content, indent=2) + "\n"
     files = (
         (f"PNG {side}", f"{name}.png", data_uri(to_png(to_image(image)))),
         (f"PNG {ENLARGED}", f"{name}_{ENLARGED}.png", data_uri(to_png(large))),
@@ -103,11 +118,6 @@ def card(
     if isinstance(what, Tensor):
         image = _image(what, "on its way from noise")
         return f'<article class="card growing">{head}<div class="frame">{image}</div></article>'
-    rows = "".join(
-        f'<li class="{kind}" title="{TITLES[kind]}"><span>{MARKS[kind]}</span>'
-        f'<i class="obj o-{objects[name]}"></i>{escape(name)}<b>{score:.2f}</b></li>'
-        for name, score, kind in seen(what, objects)
-    )
     near = ""
     if what.nearest is not None:
         near = (
@@ -115,12 +125,13 @@ def card(
             f"<span>nearest training picture, {what.rms:.1f} of 255 levels away</span></p>"
         )
     drawing = what.drawing
-    links = _files(drawing, what.image) if files else ""
+    links = _files(drawing.name, what.image, to_dict(drawing)) if files else ""
+    verdict = _verdict(what.found, what.tries)
     return (
         f'<article class="card {"right" if what.right else "wrong"}">{head}'
         f'<div class="frame">{_image(what.image, ", ".join(drawing.objects))}</div>'
-        f'<p class="verdict"><b>{_verdict(what)}</b><span>seed {drawing.seed}</span></p>'
-        f'<ul class="seen">{rows}</ul>{near}{links}</article>'
+        f'<p class="verdict"><b>{verdict}</b><span>seed {drawing.seed}</span></p>'
+        f'<ul class="seen">{_rows(what, objects)}</ul>{near}{links}</article>'
     )
 
 
@@ -145,5 +156,47 @@ def summary(shown: Shown, titles: Sequence[str] = ()) -> str:
         if given_up := len(shown) - right:
             text += f"; {given_up} given up after {max(p.tries for p in pictures)}"
         text += ". Chosen by the judge, so no measure of the network"
-    same = "the same noise" if titles else how(pictures[0].drawing.sampling)
+    drawing = pictures[0].drawing
+    same = "the same noise" if titles else how(drawing.sampling)
+    same += f", without {', '.join(drawing.without)}" if drawing.without else ""
     return f"{text}. Drawn {'from' if titles else 'by'} {escape(same)}."
+
+
+def before_and_after(
+    before: Tensor, shows: str, drawn: Addition | None, objects: dict[str, int]
+) -> str:
+    """A picture, the disc in which objects were added, and what has become of it.
+
+    Args:
+        shows: what to say of the picture.
+        drawn: None while it is on its way.
+    """
+    first = (
+        f'<article class="card"><h3>Before</h3><div class="frame">{_image(before, "before")}</div>'
+        f'<p class="near"><span>{escape(shows)}</span></p></article>'
+    )
+    if drawn is None:
+        rest = card(None, objects, "Drawn anew") + card(None, objects, "After")
+        return f'<div class="cards three">{first}{rest}</div>'
+    cut_out = drawn.free * drawn.image + (1 - drawn.free) * FADED
+    added, names = ", ".join(drawn.added), ", ".join([*drawn.shows, *drawn.added])
+    return (
+        f'<div class="cards three">{first}'
+        f'<article class="card"><h3>Drawn anew</h3><div class="frame">{_image(cut_out, added)}'
+        f'</div><p class="near"><span>{drawn.share_drawn_anew:.0%} of the picture, for '
+        f"{escape(added)}</span></p></article>"
+        f'<article class="card {"right" if drawn.found.exact else "wrong"}"><h3>After</h3>'
+        f'<div class="frame">{_image(drawn.image, names)}</div>'
+        f'<p class="verdict"><b>{_verdict(drawn.found)}</b><span>seed {drawn.seed}</span></p>'
+        f'<ul class="seen">{_rows(drawn, objects)}</ul>'
+        f"{_files(drawn.name, drawn.image, drawn.report)}</article></div>"
+    )
+
+
+def what_became(drawn: Addition) -> str:
+    """What to say above `before_and_after`."""
+    rest = f"{drawn.outside[0].upper()}{drawn.outside[1:]}."
+    if not drawn.failures:
+        return f"<b>Added</b>: {escape(', '.join(drawn.added))}; what was there still is. {rest}"
+    failed = "; ".join(f"{words}: {', '.join(names)}" for words, names in drawn.failures.items())
+    return f"<b>{escape(failed[0].upper() + failed[1:])}</b>; Again tries the next seed. {rest}"

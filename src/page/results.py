@@ -17,7 +17,8 @@ CHARTS = {
     "denoising": "from noise to a picture",
     "sweep": "over the guidance scale",
 }
-"""PNGs of a result, in the order in which they are shown, and what they are."""
+"""PNGs of a result, in the order in which they are shown, and what they are; before them stand the
+grids of conditions of one's own."""
 
 
 def last(folder: Path, pattern: str, title: str, words: str, command: str) -> tuple[str, str]:
@@ -36,14 +37,16 @@ def last(folder: Path, pattern: str, title: str, words: str, command: str) -> tu
     found = reports[-1].parent
     text = found / words
     told = text.read_text(encoding="utf-8") if text.exists() else ""
+    grids = sorted(path.stem for path in found.glob("*_grid.png"))
+    own = {name: f"{name.removesuffix('_grid')}.json" for name in grids if name not in CHARTS}
     figures = []
-    for name, what in CHARTS.items():
+    for name, what in (own | CHARTS).items():
         path = found / f"{name}.png"
         if path.exists():
-            source = data_uri(path.read_bytes())
+            source, what = data_uri(path.read_bytes()), escape(what)
             figures.append(
-                f'<figure class="{name}"><img src="{source}" alt="{escape(what)}">'
-                f"<figcaption>{escape(what)}</figcaption></figure>"
+                f'<figure class="{"own" if name in own else name}"><img src="{source}" '
+                f'alt="{what}"><figcaption>{what}</figcaption></figure>'
             )
     place = found.relative_to(ROOT) if found.is_relative_to(ROOT) else found
     head = f"### {title}\n\n`{place}`"

@@ -84,10 +84,10 @@ def choose(page, *names):
         page.click(f"#picker [data-name='{name}']")
 
 
-def drawn(page, count, where="#pictures"):
-    """Wait for so many pictures and their files; returns the cards."""
+def drawn(page, count, where="#pictures", files=None):
+    """Wait for so many pictures and the files of all or some; returns the cards."""
     page.wait_for_function(
-        f"document.querySelectorAll('{where} .files').length == {count} && "
+        f"document.querySelectorAll('{where} .files').length == {files or count} && "
         f"document.querySelectorAll('{where} .card').length == {count}"
     )
     return page.locator(f"{where} .card").all()
@@ -104,7 +104,8 @@ def download(page, link):
     return Path(waiting.value.path()).read_bytes(), waiting.value.suggested_filename
 
 
-def test_objects_are_clicked_and_their_pictures_come_again(visit, served, tmp_path):
+def test_objects_are_clicked_and_their_pictures_come_again(visit, served, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion.adding.BUSY", 3)  # in pictures of noise no place is free
     page, (_, argv) = visit(), served
     buttons = page.locator("#picker button")
     assert buttons.count() == len(OBJECTS)
@@ -115,6 +116,11 @@ def test_objects_are_clicked_and_their_pictures_come_again(visit, served, tmp_pa
     choose(page, "red cube", "cyan sphere")
     assert page.input_value("#prompt textarea") == "red cube, cyan sphere"
     set_slider(page, "count", 2)
+    assert not page.is_visible("#without textarea")
+    page.click("#more button")
+    page.fill("#without textarea", "gray cube")
+    page.click("#compose input")
+    page.get_by_role("option", name="one by one").click()
     noise = "() => document.querySelector('.growing img')?.src"
     page.click("#draw")
     frames = {page.wait_for_function(noise).json_value()}
@@ -132,12 +138,14 @@ def test_objects_are_clicked_and_their_pictures_come_again(visit, served, tmp_pa
         assert sorted(asked) == [["cyan", "sphere"], ["red", "cube"]]
         assert card.locator(".near").inner_text().startswith("nearest training picture, ")
     assert "of 2 right" in page.inner_text("#status")
+    assert "objects asked for one by one, without gray cube." in page.inner_text("#status")
 
     # The second one's JSON draws it again, by the command and by another visitor's page.
     described, name = download(page, cards[1].get_by_text("JSON"))
     picture, _ = download(page, cards[1].get_by_text("PNG 16"))
     large, _ = download(page, cards[1].get_by_text("PNG 512"))
-    assert name == "red-cube_cyan-sphere_seed1.json" and len(large) > len(picture)
+    assert name == "red-cube_cyan-sphere_without-gray-cube_seed1.json"
+    assert len(large) > len(picture)
     (tmp_path / name).write_bytes(described)
     again = test.main([*argv, "--output_dir", str(tmp_path), "--from_json", str(tmp_path / name)])
     assert again.read_bytes() == picture
@@ -151,6 +159,36 @@ def test_objects_are_clicked_and_their_pictures_come_again(visit, served, tmp_pa
     assert other.input_value("#prompt textarea") == "red cube, cyan sphere"
     assert other.input_value("#seed input") == "1"
     other.wait_for_selector("#picker [data-name='cyan sphere'][aria-pressed=true]")
+    other.click("#more button")
+    assert other.input_value("#without textarea") == "gray cube"
+    assert other.input_value("#compose input") == "one by one"
+
+    # An object is added to it: by its number, as a file, and by the command.
+    file, how = (tmp_path / name).with_suffix(".png"), json.loads(described)["sampling"]
+    file.write_bytes(picture)
+    other.get_by_role("tab", name="Add").click()
+    other.fill("#added textarea", "blue cube")
+    other.click("#add")
+    (_, _, after) = drawn(other, 3, "#added-to", files=1)
+    added, name = download(other, after.get_by_text("PNG 16"))
+    flags = [f"--{flag}={how[flag]}" for flag in ("scheduler", "num_inference_steps", "compose")]
+    flags += ["--seed=1", "--add=blue cube", f"--to={file}", f"--output_dir={tmp_path}"]
+    written = test.main([*argv, *flags])
+    assert written.name == name and written.read_bytes() == added
+    other.click("#add-again")
+    other.wait_for_selector("#added-to .files")
+    other.get_by_text("seed 2").wait_for()
+    assert download(other, after.get_by_text("PNG 16"))[0] != added
+    with other.expect_file_chooser() as chooser:
+        other.click("#upload")
+    chooser.value.set_files(file)
+    other.wait_for_selector("#added-to .card.waiting")
+    assert other.input_value("#number input") == ""
+    other.fill("#there textarea", "red cube, cyan sphere")
+    other.fill("#seed input", "1")
+    other.click("#add")
+    (_, _, after) = drawn(other, 3, "#added-to", files=1)
+    assert download(other, after.get_by_text("PNG 16"))[0] == added
 
 
 def test_two_visitors_get_their_own_pictures(visit):

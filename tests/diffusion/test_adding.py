@@ -9,6 +9,7 @@ from diffusion.sampling import Inpainting, sample
 from diffusion.schedule import scale
 from iclevr.labels import encode_labels, read_objects
 from network.checkpoint import PRETRAINED, load_checkpoint, load_model
+from runtime.seeds import draw_noise
 from runtime.settings import SamplingConfig, UserError
 
 
@@ -43,15 +44,29 @@ def test_busy_is_where_something_stands():
 
 def test_places_are_free_and_inside(network):
     for seed, square in enumerate([(32, 32), (28, 20), (40, 44)]):
-        generators = [torch.Generator().manual_seed(seed)]
-        disc = find_places(*network, scene(square), BEFORE, AFTER, generators)[0, 0]
+        disc = find_places(*network, scene(square), BEFORE, AFTER, [seed])[0, 0]
         y, x = (part.float().mean().item() for part in torch.where(disc == 1))
         assert 8 <= y <= 56 and 8 <= x <= 56
         assert np.hypot(y - square[0], x - square[1]) > 10, "on top of what is there"
         assert 0.05 < (disc > 0).float().mean() < 0.15
     full = scene(*((y, x) for y in range(5, 64, 9) for x in range(5, 64, 22)))
     with pytest.raises(UserError, match="no free place"):
-        find_places(*network, full, BEFORE, AFTER, [torch.Generator().manual_seed(0)])
+        find_places(*network, full, BEFORE, AFTER, [0])
+
+
+def test_a_place_is_looked_for_with_other_noise_than_the_picture_s(network, monkeypatch):
+    drawn = []
+
+    def spy(generators, size):
+        drawn.append(draw_noise(generators, size))
+        return drawn[-1]
+
+    monkeypatch.setattr("diffusion.adding.draw_noise", spy)
+    find_places(*network, scene((32, 32)), BEFORE, AFTER, [3])
+    assert len(drawn) == 12
+    own = torch.Generator().manual_seed(3)
+    picture_s = {draw_noise([own], 64).sum().item() for _ in range(len(drawn))}
+    assert not picture_s & {noise.sum().item() for noise in drawn}
 
 
 @pytest.mark.parametrize("more", [{"resample": 2}, {"best_of": 2}])

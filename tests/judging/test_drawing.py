@@ -151,6 +151,17 @@ def test_steps_that_a_sampler_can_not_take_become_the_nearest_it_can():
         with_steps(noise, SamplingConfig(eta=1.0))
 
 
+def test_what_must_not_come_needs_guidance(trained, bench, tmp_path):
+    argv = argv_of(trained, tmp_path, "--prompt", "red sphere", "--without", "gray cube",
+                   "--guidance_scale", 0)  # fmt: skip
+    assert "--without 'gray cube': does nothing with --guidance_scale 0" in error_of(
+        test.main, argv
+    )
+    heeded = replace(DDIM, guidance_scale=0, guidance_interval=(0.5, 1))  # 1 in the other half
+    assert plan(bench, NAMES, 0, heeded, ["gray cube"]).without == ("gray cube",)
+    assert plan(bench, NAMES, 0, replace(DDIM, guidance_scale=0)).sampling.guidance_scale == 0
+
+
 def test_names_of_files_are_short_enough(bench):
     few = plan(bench, NAMES, 7, DDIM)
     assert few.name == "red-sphere_cyan-cube_seed7"

@@ -1,0 +1,195 @@
+"""One picture with objects more: what it shows, drawn, judged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.adding import add_objects
+from iclevr.dataset import normalize, to_uint8
+from iclevr.image_cache import read_image
+from iclevr.labels import decode_labels, encode_labels, parse_prompt
+from judging.bench import Bench
+from judging.drawing import Drawing, plan
+from judging.evaluator import Evaluation, judge_scores
+from runtime.seeds import picture_seeds
+from runtime.settings import SamplingConfig, UserError, to_dict
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A picture to which objects have been added."""
+
+    picture: Path
+    """The one that they were added to."""
+    shows: list[str]
+    """What is in that one."""
+    added: list[str]
+    seed: int
+    sampling: SamplingConfig
+    checkpoint: str
+    """git's hash of it."""
+    before: Tensor
+    """(3, S, S) in [-1, 1]."""
+    free: Tensor
+    """(1, S, S) in [0, 1]: the disc that was drawn anew."""
+    image: Tensor
+    """(3, S, S) in [-1, 1]: what has become of it."""
+    judge: str | None = None
+    scores: Tensor | None = None
+    """(K,): the judge's, in [0, 1]."""
+    found: Evaluation | None = None
+    """Both are None where there is no judge."""
+    seen_before: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
+    """What the judge sees, before and now."""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.picture.stem}_and_{'_'.join(self.added).replace(' ', '-')}_seed{self.seed}"
+
+    @property
+    def change_outside(self) -> int:
+        """The largest outside the disc, in levels of 255."""
+        changed = (to_uint8(self.image).int() - to_uint8(self.before).int()).abs()
+        return int((changed * (self.free == 0)).max())
+
+    @property
+    def share_drawn_anew(self) -> float:
+        return (self.free > 0).float().mean().item()
+
+    @property
+    def outside(self) -> str:
+        """What to say of the rest of the picture."""
+        return (
+            f"outside the disc that was drawn anew ({self.share_drawn_anew:.0%} of the picture) "
+            f"no value changed by more than {self.change_outside} of 255"
+        )
+
+    @property
+    def failures(self) -> dict[str, list[str]]:
+        """What the judge does not see: objects that were there, and those that should be now."""
+        if self.judge is None:
+            return {}
+        gone, missing = (sorted({*names} - {*self.seen}) for names in (self.shows, self.added))
+        failures = {
+            "no longer there": [name for name in gone if name in self.seen_before],
+            "not there, as before": [name for name in gone if name not in self.seen_before],
+            "not added": missing,
+        }
+        return {words: names for words, names in failures.items() if names}
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The JSON beside it."""
+        report = {
+            "picture": str(self.picture),
+            "shows": self.shows,
+            "added": self.added,
+            "seed": self.seed,
+            "sampling": to_dict(self.sampling),
+            "checkpoint_blob": self.checkpoint,
+            "largest_change_outside": self.change_outside,
+            "share_drawn_anew": self.share_drawn_anew,
+        }
+        if self.judge is None:
+            return report
+        seen = {"seen_before": [*self.seen_before], "seen": [*self.seen]}
+        return report | {"judge": self.judge} | seen
+
+
+def open_picture(path: Path, side: int) -> Tensor:
+    """(3, side, side) in [-1, 1], of a file.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    return normalize(torch.from_numpy(read_image(path, side).copy()))
+
+
+def objects_in(
+    bench: Bench,
+    picture: Path,
+    image: Tensor,
+    prompt: str | None,
+    drawing: Drawing | None,
+    flag: str = "--prompt",
+) -> tuple[list[str], str]:
+    """What a picture shows, and who says so: a prompt (then ""), else its drawing, else the judge.
+
+    Args:
+        picture: what it is called.
+        drawing: what it was drawn from, if that is known.
+        flag: of the prompt.
+
+    Raises:
+        UserError: unknown objects, nobody says, or the judge sees nothing.
+    """
+    objects = bench.checkpoint.objects
+    if prompt is not None:
+        return parse_prompt(prompt, objects, flag), ""
+    if drawing is not None:
+        encode_labels(drawing.objects, objects)
+        return [*drawing.objects], "its JSON"
+    remedy = f"fill in {flag}, such as 'red sphere'"
+    if bench.judge is None:
+        raise UserError(f"{picture}: no JSON beside it and no judge; {remedy}")
+    seen = detected(bench, image)
+    if not seen:
+        raise UserError(f"{picture}: the judge sees no object in it; {remedy}")
+    return seen, f"judge: {bench.judge.name}"
+
+
+def detected(bench: Bench, image: Tensor) -> list[str]:
+    """The objects that the judge sees in a picture (3, S, S)."""
+    seen = bench.judge.scores(image[None])[0] >= bench.judge.threshold
+    return decode_labels(seen, bench.checkpoint.objects)
+
+
+def add(
+    bench: Bench,
+    sampling: SamplingConfig,
+    picture: Path,
+    image: Tensor,
+    shows: Sequence[str],
+    added: Sequence[str],
+    seed: int,
+) -> Addition:
+    """Add objects to a picture and judge what has become of it.
+
+    Args:
+        picture: what it is called.
+        image: (3, S, S) in [-1, 1], as `open_picture` gives it.
+        shows: what is in it.
+
+    Raises:
+        UserError: an object is there already, no place is free, or as `plan`.
+    """
+    if there := set(shows) & set(added):
+        raise UserError(f"--add {', '.join(added)!r}: {min(there)!r} is in the picture already")
+    objects = bench.checkpoint.objects
+    whole = plan(bench, [*shows, *added], seed, sampling)
+    before, after = (encode_labels(names, objects)[None] for names in (shows, whole.objects))
+    images, free = add_objects(
+        bench.model, bench.checkpoint.config.noise, image[None], before, after,
+        picture_seeds(seed, 1), whole.sampling, bench.guide,
+    )  # fmt: skip
+    drawn = Addition(
+        picture, [*shows], [*added], seed, whole.sampling, bench.blob, image, free[0], images[0]
+    )
+    if bench.judge is None:
+        return drawn
+    scores = bench.judge.scores(images)
+    found = judge_scores(scores, after, bench.judge.threshold, objects)
+    return replace(
+        drawn,
+        judge=bench.judge_name(sampling),
+        scores=scores[0],
+        found=found,
+        seen_before=tuple(detected(bench, image)),
+        seen=tuple(decode_labels(found.detected[0], objects)),
+    )
