@@ -18,7 +18,7 @@ import torch
 
 from common import machine
 
-from diffusion.adding import add_objects
+from diffusion.insertion import add_objects
 from diffusion.sampling import evaluations
 from iclevr.dataset import IclevrDataset
 from judging.bench import Bench, open_bench

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from iclevr.labels import encode_condition, parse_prompt
-from judging.addition import add, detected, objects_in, open_picture
 from judging.bench import Bench, settings_key
 from judging.drawing import plan, read_drawing
 from judging.figures import save_image, strip
+from judging.insertion import add, detected, objects_in, open_picture
 from runtime import processes
 from runtime.files import write_json
 from runtime.seeds import picture_seeds

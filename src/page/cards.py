@@ -12,10 +12,10 @@ from torch import Tensor
 
 from iclevr.dataset import resize
 from iclevr.portrait import portrait
-from judging.addition import Addition
 from judging.drawing import Judged, Picture, Shown, seen
 from judging.evaluator import Evaluation
 from judging.figures import to_image, to_png
+from judging.insertion import Addition
 from runtime.settings import SamplingConfig, to_dict
 
 ENLARGED = 512

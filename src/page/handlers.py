@@ -13,7 +13,6 @@ from torch import Tensor
 
 from iclevr.dataset import normalize, to_uint8
 from iclevr.labels import parse_prompt
-from judging.addition import add, objects_in, open_picture
 from judging.bench import Bench
 from judging.drawing import (
     Drawing,
@@ -26,6 +25,7 @@ from judging.drawing import (
     until_right,
     with_steps,
 )
+from judging.insertion import add, objects_in, open_picture
 from page.cards import FIELDS, before_and_after, cards, summary, what_became
 from runtime.settings import SamplingConfig, UserError, from_dict
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from iclevr.dataset import IclevrDataset, data_key, normalize
-from judging.disturb import disturb
+from judging.augmentation import disturb
 from judging.evaluator import (
     Evaluation,
     Evaluator,

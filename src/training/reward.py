@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffusion.guidance import Guide, guided_prediction
 from diffusion.samplers import check_steps, make_scheduler
 from diffusion.schedule import unscale
-from judging.disturb import disturb
+from judging.augmentation import disturb
 from runtime import processes
 from runtime.device import autocast
 from runtime.seeds import derive_seed, draw_noise

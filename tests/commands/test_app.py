@@ -105,7 +105,7 @@ def download(page, link):
 
 
 def test_objects_are_clicked_and_their_pictures_come_again(visit, served, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion.adding.BUSY", 3)  # in pictures of noise no place is free
+    monkeypatch.setattr("diffusion.insertion.BUSY", 3)  # in pictures of noise no place is free
     page, (_, argv) = visit(), served
     buttons = page.locator("#picker button")
     assert buttons.count() == len(OBJECTS)

@@ -12,7 +12,7 @@ import train_evaluator
 from iclevr import dataset
 from iclevr.placement import sample_sequence
 from iclevr.ray_tracer import render_picture
-from judging.disturb import disturb
+from judging.augmentation import disturb
 from judging.evaluator import (
     COURSE_BLOB,
     Evaluator,

@@ -187,7 +187,7 @@ def test_keeping_what_is_right_begins_with_what_is_there(handlers, monkeypatch):
 @pytest.fixture
 def empty_ground(monkeypatch):
     """Nothing stands in the tiny world's pictures, which are of noise."""
-    monkeypatch.setattr("diffusion.adding.BUSY", 3)
+    monkeypatch.setattr("diffusion.insertion.BUSY", 3)
 
 
 def test_an_object_is_added_as_the_command_does(trained, handlers, tmp_path, empty_ground):

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import test
-from judging.addition import add, objects_in, open_picture
 from judging.bench import open_bench
 from judging.drawing import plan
 from judging.figures import to_image, to_png
+from judging.insertion import add, objects_in, open_picture
 from runtime.settings import DataConfig, SamplingConfig, UserError
 
 DDIM = SamplingConfig(scheduler="ddim", num_inference_steps=5)
@@ -21,7 +21,7 @@ DDIM = SamplingConfig(scheduler="ddim", num_inference_steps=5)
 @pytest.fixture(autouse=True)
 def empty_ground(monkeypatch):
     """Nothing stands in the tiny world's pictures, which are of noise."""
-    monkeypatch.setattr("diffusion.adding.BUSY", 3)
+    monkeypatch.setattr("diffusion.insertion.BUSY", 3)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.adding import add_objects
+from diffusion.insertion import add_objects
 from iclevr.dataset import normalize, to_uint8
 from iclevr.image_cache import read_image
 from iclevr.labels import decode_labels, encode_labels, parse_prompt

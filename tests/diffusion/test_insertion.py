@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.adding import add_objects, busy, find_places
+from diffusion.insertion import add_objects, busy, find_places
 from diffusion.sampling import Inpainting, sample
 from diffusion.schedule import scale
 from iclevr.labels import encode_labels, read_objects
@@ -61,7 +61,7 @@ def test_a_place_is_looked_for_with_other_noise_than_the_picture_s(network, monk
         drawn.append(draw_noise(generators, size))
         return drawn[-1]
 
-    monkeypatch.setattr("diffusion.adding.draw_noise", spy)
+    monkeypatch.setattr("diffusion.insertion.draw_noise", spy)
     find_places(*network, scene((32, 32)), BEFORE, AFTER, [3])
     assert len(drawn) == 12
     own = torch.Generator().manual_seed(3)
