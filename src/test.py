@@ -173,6 +173,26 @@ def check_together(config: TestConfig) -> None:
         raise UserError(f'{given}: use both, as in --add "green cube" --to scene.png')
 
 
+def draw_one(bench: Bench, config: TestConfig, run_folder: Path) -> Path:
+    """Draw the scene of --prompt, or the picture of --to with what --add adds; returns its path."""
+    if config.num_seeds > 1 or config.num_fd_samples:
+        doubts.warn(
+            ["--prompt and --add: draw one picture, whatever --num_seeds and --num_fd_samples"]
+        )
+    scale = config.sampling.guidance_scale
+    config, bench = settle(replace(config, num_fd_samples=0), bench, [scale])
+    how = folder_name(replace(config, seed=0, num_seeds=1))
+    if config.add is not None:
+        return draw_addition(
+            bench, config.sampling, config.to, config.add, config.prompt, config.seed,
+            run_folder / "added" / how,
+        )  # fmt: skip
+    return draw_prompt(
+        bench, config.sampling, config.prompt, config.without, config.seed,
+        run_folder / "prompt" / how,
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     """Returns the content of accuracies.json, or the path of the prompt's picture.
 
@@ -190,21 +210,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
     if drawing and (why := check_origin(drawing, bench, str(config.from_json))):
         print(f"{config.from_json}: {why}", file=sys.stderr)
     if config.prompt is not None or config.add is not None:
-        if config.num_seeds > 1 or config.num_fd_samples:
-            doubts.warn(
-                ["--prompt and --add: draw one picture, whatever --num_seeds and --num_fd_samples"]
-            )
-        config, bench = settle(replace(config, num_fd_samples=0), bench, [scale])
-        how = folder_name(replace(config, seed=0, num_seeds=1))
-        if config.add is not None:
-            return draw_addition(
-                bench, config.sampling, config.to, config.add, config.prompt, config.seed,
-                run_folder / "added" / how,
-            )  # fmt: skip
-        return draw_prompt(
-            bench, config.sampling, config.prompt, config.without, config.seed,
-            run_folder / "prompt" / how,
-        )  # fmt: skip
+        return draw_one(bench, config, run_folder)
     config, bench = settle(config, bench, [scale], nearest=True)
     key = settings_key(config.num_fd_samples, bench, config.sampling)
     name = f"{folder_name(config)}-{key}"

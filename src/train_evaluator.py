@@ -12,6 +12,7 @@ evaluator.unfinished.pth beside that file, written every ten minutes and when st
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from iclevr.dataset import IclevrDataset, find_data
 from judging.evaluator import IMAGE_SIZE, Evaluator, git_blob_hash, load_evaluator
@@ -28,6 +29,15 @@ from training.classifier import (
 )
 
 
+def judge_name(config: EvaluatorConfig, data_dir: Path) -> str:
+    """What outputs call the judge: --name, else by what it was trained on."""
+    if config.name:
+        return config.name
+    rendered = (data_dir / "render.json").exists()
+    name = "stand-in" if rendered else f"trained on {data_dir.name}"
+    return f"{name}, seed {config.seed}" if config.seed else name
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Train the judge; returns what its file says of it."""
     config = parse_args(EvaluatorConfig, argv)
@@ -37,10 +47,6 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"{out}: is a folder; name a file with --out")
     if out.exists() and not config.overwrite:
         raise UserError(f"{out}: is there already; --overwrite replaces it, --out names another")
-    rendered = (paths.data_dir / "render.json").exists()
-    name = config.name or ("stand-in" if rendered else f"trained on {paths.data_dir.name}")
-    if config.name is None and config.seed:
-        name += f", seed {config.seed}"
     device = pick_device(config.device)
     warn_of_launcher(config.mixed_precision)
     dataset = IclevrDataset(
@@ -65,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict:
         for key, value in model.state_dict().items()
     }
     model.load_state_dict(weights)
-    judge = Evaluator(model, name, out, dataset.objects)
+    judge = Evaluator(model, judge_name(config, paths.data_dir), out, dataset.objects)
     judge, found = calibrate_and_test(judge, dataset, held_out)
     accuracy, exact = shares(found, found.total >= 0)
     by_number = {n: shares(found, found.total == n) for n in found.total.unique().tolist() if n}
@@ -81,11 +87,11 @@ def main(argv: list[str] | None = None) -> dict:
         "settings": {key: getattr(config, key) for key in settings},
         "init_from": git_blob_hash(config.init_from) if config.init_from else None,
     }
-    content = {"model": weights, "name": name, "objects": dataset.objects}
+    content = {"model": weights, "name": judge.name, "objects": dataset.objects}
     save_tensors(out, content | {"threshold": judge.threshold, "info": info})
     unfinished.unlink(missing_ok=True)
     print(
-        f"{out}: judge {name}, threshold {judge.threshold:.3f}\n"
+        f"{out}: judge {judge.name}, threshold {judge.threshold:.3f}\n"
         f"on {len(found.total)} held-out pictures: accuracy {accuracy}, exact sets {exact}"
     )
     for n, (accuracy, exact) in by_number.items():

@@ -137,12 +137,13 @@ def fit(
             bar.update()
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            if stop.agreed() or time.monotonic() > saved + SAVE_EACH_S:
+            stopped = stop.agreed()
+            if stopped or time.monotonic() > saved + SAVE_EACH_S:
                 state = {name: part.state_dict() for name, part in parts.items()} | {"of": of}
                 state |= {"step": step, "order": order, "generator": generator.get_state()}
                 save_tensors(unfinished, state)
                 saved = time.monotonic()
-            if stop.agreed():
+            if stopped:
                 break
     if step < steps:
         print(f"stopped at step {step} of {steps}; the same command goes on", file=sys.stderr)

@@ -195,11 +195,7 @@ def train_step(
 
     state.optimizer.zero_grad(set_to_none=True)
     if state.reward:
-        with state.unshared():
-            reward = state.reward.loss(state.parallel, asked, state.step, dtype)
-            if reward.requires_grad:  # in the first steps no picture may have begun
-                weight = config.reward.reward_weight * processes.world_size()
-                state.scaler.scale(weight * reward).backward()
+        learn_from_reward(state, config, asked, dtype)
     total = torch.zeros((), device=device)
     parts = config.gradient_accumulation_steps
     for number in range(parts):
@@ -223,6 +219,17 @@ def train_step(
     if state.alignment:
         state.alignment.share_gradients()
     return total, update_weights(state, config)
+
+
+def learn_from_reward(
+    state: TrainState, config: TrainConfig, labels: Tensor, dtype: torch.dtype | None
+) -> None:
+    """Add the gradient of the reward model's part of the loss: (n, K) labels, of all processes."""
+    with state.unshared():
+        loss = state.reward.loss(state.parallel, labels, state.step, dtype)
+        if loss.requires_grad:  # in the first steps no picture may have begun
+            weight = config.reward.reward_weight * processes.world_size()
+            state.scaler.scale(weight * loss).backward()
 
 
 def update_weights(state: TrainState, config: TrainConfig) -> Tensor:
