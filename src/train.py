@@ -107,6 +107,11 @@ def check_settings(
     check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
     if config.reward.reward_model:
         check_steps(config.noise, reward_sampling(config), flag="--reward_steps")
+        if config.reward.reward_guidance_scale == 0:
+            raise UserError(
+                "--reward_guidance_scale 0: draws without the condition, of which a classifier can "
+                "teach nothing; use 1 or more"
+            )
     with torch.device("meta"):
         DiffusionModel(config.model)  # settings that don't fit together end here
     if len(objects) != config.model.num_classes:

@@ -12,7 +12,6 @@ The classifier must not be the judge, which would then score its own pupil.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +149,7 @@ class Reward:
 def half_differentiated(model: nn.Module) -> Callable[..., Tensor]:
     """The network without a gradient for those who get no condition."""
 
-    def predict(x_t: Tensor, t: Tensor, labels: Tensor, *more: Any) -> Tensor:
+    def predict(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         cond = labels.any(dim=1)
         out = torch.empty_like(x_t)
         with torch.no_grad():

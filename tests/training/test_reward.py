@@ -96,14 +96,12 @@ def test_gradient_goes_through_one_conditional_prediction(plain):
     model = LinearModel()
     for step in range(2):
         loss = plain.loss(model, LABELS, step, None)
-    x_before = None
     (gradient,) = torch.autograd.grad(loss, model.w)
     # By hand: x_0_hat = alpha x_t - sigma v, brightness's derivative is -3 sigma / 2 by v_cond.
     images, labels = plain.guide.seen[1]
     scheduler = plain.scheduler
-    stages = [1, 1, 2 - 2]  # pictures 0 and 1 take their second step, 2 its first
-    expected, x_before = torch.zeros(24, 3), None
-    del x_before
+    stages = [1, 1, 0]  # pictures 0 and 1 take their second step, 2 its first
+    expected = torch.zeros(24, 3)
     for image, label, stage in zip(images.detach(), labels, stages, strict=True):
         sigma = (1 - scheduler.alphas_cumprod[scheduler.timesteps[stage]]).sqrt()
         off = image.mean() - label.argmax() / 24
@@ -190,6 +188,8 @@ def test_the_judge_gives_no_rewards(trained, tmp_path):
     assert "--reward_model" in message and "is the judge itself" in message
     message = error_of(train.main, [*argv, "--reward_model", tmp_path / "none.pth"])
     assert "none.pth" in message
-    argv[-1] = "7"
-    message = error_of(train.main, [*argv, "--reward_model", data / "evaluator.pth"])
+    argv += ["--reward_model", tmp_path / "none.pth"]
+    message = error_of(train.main, [*argv, "--reward_guidance_scale", 0])
+    assert "--reward_guidance_scale 0: draws without the condition" in message
+    message = error_of(train.main, [*argv, "--reward_steps", 7])
     assert "--reward_steps 7: does not divide the 20 trained timesteps" in message
