@@ -129,7 +129,7 @@ def training(run: Run) -> dict[str, Any]:
         "starts": [*starts.values()],
         "logged": last["step"],
         "step": run.step or last["step"],
-        "epoch": run.epoch or last["epoch"],
+        "epoch": last["epoch"] if run.epoch is None else run.epoch,
         "previews": previews(run),
     }
 

@@ -9,6 +9,7 @@ from conftest import OBJECTS, error_of
 
 import demo
 import guidance_scale
+import report
 import test
 import train
 from iclevr.scene import make_conditions, make_large_conditions
@@ -46,6 +47,14 @@ def test_it_draws_what_is_asked_for(conditions, capsys):
         assert report["accuracy"][split]["mean"] > 0.6
 
 
+def test_its_report_says_how_long_it_was_trained(tmp_path):
+    """As the demo ends; its last training was shorter than an epoch."""
+    page = report.main(["--ckpt_path", str(PRETRAINED), "--output_dir", str(tmp_path)])
+    checkpoint = load_checkpoint(PRETRAINED)
+    words = f"Trained for {checkpoint.step} steps of {checkpoint.config.batch_size} pictures, "
+    assert checkpoint.epoch == 0 and words + "less than an epoch." in page.read_text("utf-8")
+
+
 def test_the_sweep_takes_it_too():
     for config in (test.TestConfig(), guidance_scale.SweepConfig()):
         assert config.ckpt_path == PRETRAINED
@@ -62,3 +71,4 @@ def test_it_is_small_and_names_no_folder():
     config = load_checkpoint(PRETRAINED).config
     assert not config.output_dir.is_absolute()
     assert config.data.data_dir is config.align_to is config.init_from is None
+    assert config.reward.reward_model is None
