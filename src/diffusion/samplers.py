@@ -2,25 +2,21 @@
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
 from diffusion.schedule import shifted_betas
 from runtime.settings import SamplerConfig, SchedulerConfig, UserError
 
-# Scheduler and what it takes beside the schedule; clip_sample=False as in the original.
-SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
-    "ddpm": (DDPMScheduler, {"clip_sample": False}),
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "dpmpp": (DPMSolverMultistepScheduler, {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
-    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+# Scheduler and what it takes beside the schedule; clip_sample=False as in the original. By name, as
+# diffusers loads each when it is asked for, and some take seconds.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpmpp": ("DPMSolverMultistepScheduler", {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
 }
 
 
@@ -29,7 +25,7 @@ def make_scheduler(config: SchedulerConfig, name: str = "ddpm") -> SchedulerMixi
     scheduler, extra = SCHEDULERS[name]
     if config.log_snr_shift:
         extra = extra | {"trained_betas": shifted_betas(config)}
-    return scheduler(
+    return getattr(diffusers, scheduler)(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,

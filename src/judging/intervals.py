@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Interval:
 
 def proportion_interval(successes: int, trials: int) -> Interval:
     """Wilson's score interval (Wilson 1927) of one draw: `successes` of `trials`, trials >= 1."""
+    from scipy import stats  # takes seconds to load, which a run without intervals need not wait
+
     result = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
     return Interval(successes / trials, float(result.low), float(result.high))
 
@@ -40,7 +42,7 @@ def mean_interval(
     mean = float(values.mean())
     if len(set(values.tolist())) == 1:
         return Interval(mean, None, None)
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = float(special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values)))
     return Interval(mean, max(mean - half, lowest), min(mean + half, highest))
 
 

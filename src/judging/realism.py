@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from iclevr.dataset import DataPaths, IclevrDataset, normalize, resize
 from judging.evaluator import IMAGE_SIZE, Evaluator
@@ -85,6 +84,9 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
             f"a Frechet distance needs two pictures on each side, not {len(real)} training "
             f"pictures and {len(generated)} drawn ones; switch it off with --num_fd_samples 0"
         )
+    # Here, as it takes seconds to load, and matplotlib with it.
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     metric = FrechetInceptionDistance(
         torch.nn.Identity(),
         input_img_size=(real.shape[1],),
