@@ -63,7 +63,9 @@ class Outcomes:
 def tests(job: Job) -> None:
     """tests/test_cuda.py."""
     outcomes = Outcomes(job)
-    argv = ["-p", "no:cacheprovider", "-v", "--tb=short", str(ROOT / "tests" / "test_cuda.py")]
+    # In this process, one after the other: pyproject.toml's workers would share the card.
+    argv = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short"]
+    argv.append(str(ROOT / "tests" / "test_cuda.py"))
     pytest.main(argv + (["-k", "muon"] if job.toy else []), plugins=[outcomes])
     of = [test["outcome"] for test in outcomes.tests.values()]
     lines = [f"{of.count('passed')} of {len(of)} tests passed"]
