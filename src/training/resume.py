@@ -170,6 +170,8 @@ def check_unchanged(
     """
     for name, value in vars(stored).items():
         given = getattr(config, name)
+        if isinstance(given, Path):  # stored as absolute
+            given = given.absolute()
         if name in free or given == value:
             continue
         if isinstance(value, Settings):

@@ -234,7 +234,7 @@ def test_what_a_stranger_says_of_the_optimiser_is_checked(trained, tmp_path, har
     assert message.startswith(f"{strange}: what it holds of the optimiser doesn't fit")
 
 
-def test_a_run_starts_from_the_weights_of_another(trained, tmp_path):
+def test_a_run_starts_from_the_weights_of_another(trained, tmp_path, monkeypatch):
     data, _, path = trained
     half = tmp_path / "h.pth"
     export.main(["--to", "half", "--ckpt_path", str(path), "--out", str(half)])
@@ -262,6 +262,12 @@ def test_a_run_starts_from_the_weights_of_another(trained, tmp_path):
     torch.testing.assert_close(wide.ema[name][:64], weights[name].float(), atol=1e-6, rtol=0)
     message = error_of(train.main, [*flags, "x", "--time_embedding_dim", 60])
     assert "--time_embedding_dim 60" in message and "wider" in message
+    # The same command goes on with its run, where the file is named from the working folder, too.
+    monkeypatch.chdir(tmp_path)
+    flags = [*argv, "--init_from", "h.pth", "--run_name", "again", "--resume", "auto"]
+    for steps in 1, 2:
+        last = train.main([str(a) for a in [*flags, "--max_train_steps", steps]])
+        assert load_checkpoint(last).step == steps
     # Once begun, it goes on without the file that it started from.
     half.unlink()
     train.main(["--resume", str(tmp_path / "half"), "--max_train_steps", "2"])
