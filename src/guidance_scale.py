@@ -27,6 +27,7 @@ from judging.bench import (
     settle,
     split_records,
 )
+from judging.drawing import file_names
 from judging.figures import save_figure, save_text
 from judging.intervals import Interval
 from judging.metrics import COUNTS, markdown
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     alike = SamplingConfig(**vars(sampler), guidance_scale=0.0)  # of all scales of this sweep
     key = settings_key(config.num_fd_samples, bench, alike)
     name = f"{sampler.scheduler}{sampler.num_inference_steps}-{key}"
-    name += "".join(f"-{path.stem}" for path in config.conditions or ())
+    name += f"-{file_names(config.conditions)}" if config.conditions else ""
     name += "-guided_by_the_judge" if sampler.classifier_guidance_scale else ""
     folder = config.output_dir / bench.run_name / "guidance_scale" / name
     make_folder(folder)

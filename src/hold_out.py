@@ -24,7 +24,7 @@ from iclevr.labels import (
     read_objects,
     read_train,
 )
-from runtime.files import make_folder, write_json
+from runtime.files import make_folder, read_json, write_json
 from runtime.settings import (
     ROOT,
     DataConfig,
@@ -35,6 +35,9 @@ from runtime.settings import (
     parse_args,
     run,
 )
+
+MADE_BY = "hold_out.json"
+"""Beside the new files: the settings that they follow from."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,21 @@ class HoldOutConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
 
 
+def check_made_here(folder: Path, settings: dict[str, float | str]) -> None:
+    """The folder holds no training list, or one that this script wrote with the same settings.
+
+    Raises:
+        UserError: of something else; a network may have been trained on it.
+    """
+    path = folder / MADE_BY
+    if not (folder / "train.json").exists():
+        return
+    stored = read_json(path, "choose another --out_dir") if path.exists() else None
+    if stored != settings:
+        what = f"made with {stored}" if stored else "which this script has not made"
+        raise UserError(f"{folder}: holds a train.json, {what}; choose another --out_dir")
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     """Returns the number of pictures and of conditions, by the names of the files."""
     config = parse_args(HoldOutConfig, argv)
@@ -59,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     if config.out_dir.resolve() == paths.data_dir.resolve():
         raise UserError(f"--out_dir {config.out_dir}: is the data's own folder; use another")
     if config.hold_out_sets == config.hold_out_pairs == 0:
-        raise UserError("--hold_out_sets 0.0: nothing to hold out; use such as 0.1")
+        raise UserError(
+            "--hold_out_sets 0.0, --hold_out_pairs 0.0: nothing to hold out; use such as 0.1"
+        )
+    settings = {name: getattr(config, name) for name in ("hold_out_sets", "hold_out_pairs", "seed")}
+    settings["data_dir"] = str(paths.data_dir.resolve())
+    check_made_here(config.out_dir, settings)
     objects = read_objects(paths.data_dir)
     conditions = {
         split: read_conditions(path, objects)[0]
@@ -72,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     held_out = choose_held_out(sets, keep, config.hold_out_sets, config.hold_out_pairs, config.seed)
     if held_out == NOTHING:
         raise UserError(
-            f"--hold_out_sets {config.hold_out_sets}: is none of the {len(sets)} sets of "
+            f"--hold_out_sets {config.hold_out_sets}, --hold_out_pairs {config.hold_out_pairs}: "
+            f"is none of the {len(sets)} sets of "
             f"{paths.data_dir / 'train.json'}, or test.json and new_test.json need all; use more"
         )
     train = {name: found for name, found in shows.items() if not held_out.holds(found)}
@@ -85,8 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     files = {"objects": objects, "train": train, **conditions}
     files |= held_out_conditions(held_out, shown, keep, config.seed)
     make_folder(config.out_dir, "--out_dir")
-    for name in set(HELD_OUT_FILES) - set(files):  # of an earlier choice
-        (config.out_dir / f"{name}.json").unlink(missing_ok=True)
+    write_json(config.out_dir / MADE_BY, settings)
     for name, content in files.items():
         write_json(config.out_dir / f"{name}.json", content)
 

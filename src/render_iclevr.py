@@ -184,7 +184,8 @@ def _render(config: RenderConfig) -> None:
     make_folder(image_dir, "--out_dir")
     for folder in (config.out_dir, image_dir):
         remove_left_overs(folder)
-    done = set(os.listdir(image_dir))
+    with os.scandir(image_dir) as entries:  # what a full disk left empty is not there
+        done = {entry.name for entry in entries if entry.stat().st_size}
     jobs = []
     for i in range(config.num_sequences):
         names = file_names(i, config.max_objects)
@@ -197,6 +198,11 @@ def _render(config: RenderConfig) -> None:
     draw_sheet(config.out_dir, config.num_sequences, config.max_objects)
     total = config.num_sequences * config.max_objects
     print(f"{total} pictures in {config.out_dir}; sheet.png shows some")
+    if left_out := len(done) + sum(len(missing) for _, _, missing in jobs) - total:
+        print(
+            f"{left_out} more are there, which train.json leaves out; a larger --num_sequences "
+            "takes them in"
+        )
 
 
 if __name__ == "__main__":

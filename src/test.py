@@ -37,7 +37,7 @@ from judging.bench import (
     settle,
     split_records,
 )
-from judging.drawing import Drawing, check_origin, read_drawing
+from judging.drawing import Drawing, check_origin, file_names, read_drawing
 from judging.evaluator import IMAGE_SIZE, evaluate
 from judging.figures import confusion_chart, grid, pairs, save_figure, save_image, save_text, strip
 from judging.metrics import record
@@ -136,7 +136,7 @@ def folder_name(config: TestConfig) -> str:
         f"guided_by_the_judge{how.classifier_guidance_scale:g}": how.classifier_guidance_scale,
         f"seeds{config.seed}to{last}": config.num_seeds > 1,
         f"seed{config.seed}": config.num_seeds == 1 and config.seed,
-        "conditions_" + "+".join(path.stem for path in config.conditions or ()): config.conditions,
+        f"conditions_{file_names(config.conditions or ())}": config.conditions,
         f"evaluator_{evaluator}": evaluator,
         f"judge_{judge}": judge,
     }
@@ -251,4 +251,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
 
 
 if __name__ == "__main__":
-    run(main, if_stopped="stopped; the same command goes on from here")
+    run(main, if_stopped="stopped; whole draws are kept, and the same command goes on after them")

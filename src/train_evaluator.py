@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> dict:
         key: value.cpu().half() if value.ndim > 1 else value.cpu()
         for key, value in model.state_dict().items()
     }
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"--lr {config.lr:g}: the training has diverged; use a lower one")
     model.load_state_dict(weights)
     judge = Evaluator(model, judge_name(config, paths.data_dir), out, dataset.objects)
     judge, found = calibrate_and_test(judge, dataset, held_out)

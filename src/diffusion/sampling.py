@@ -238,7 +238,10 @@ def sample_steps(
     x_0 = processes.gather(torch.cat(pictures), count)
     kept_x_t = processes.gather(torch.cat(intermediates, dim=1).movedim(1, 0), count).movedim(0, 1)
     if not x_0.isfinite().all():
-        raise UserError("the network gives NaN or infinite values: its training has diverged")
+        raise UserError(
+            "the network gives NaN or infinite values: its training has diverged; use an earlier "
+            "checkpoint"
+        )
     return unscale(x_0, noise).clamp(-1, 1), unscale(kept_x_t, noise).clamp(-1, 1)
 
 

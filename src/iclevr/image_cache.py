@@ -142,6 +142,8 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
             resized = image.convert("RGB").resize((image_size, image_size), Image.BILINEAR)
     except UserError:
         raise
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: not found, or a folder; name a picture") from None
     except Exception as error:  # whatever the decoder makes of a damaged file
         raise UserError(
             f"{path}: not a readable picture ({error}); replace it; "

@@ -220,6 +220,11 @@ def settle(
             print("no Frechet distance: on a CPU only with --num_fd_samples, such as 512")
     if count or nearest:
         bench = with_reference(bench)
+    if config.num_fd_samples and bench.reference is None:
+        raise UserError(
+            f"--num_fd_samples {config.num_fd_samples}: a Frechet distance needs training "
+            "pictures, which are not there; use 0, or name them with --data_dir"
+        )
     sampling = replace(config.sampling, num_inference_steps=steps)
     count = count if bench.reference else 0
     return replace(config, sampling=sampling, num_fd_samples=count), bench

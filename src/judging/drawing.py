@@ -32,6 +32,23 @@ Hash = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 """git's, of a file."""
 
 
+def file_name(name: str, instead: str) -> str:
+    """A name without spaces; one that not every file system takes becomes `instead`, with a code.
+
+    File systems allow 255 bytes, Windows not all characters.
+    """
+    name = name.replace(" ", "-")
+    whole = name.encode("utf-8", "surrogatepass")
+    if len(whole) > 150 or set(name) & set('<>:"|?*'):
+        return f"{instead}-{zlib.crc32(whole):08x}"
+    return name
+
+
+def file_names(paths: Sequence[Path]) -> str:
+    """What a folder of results is called after the files of its conditions."""
+    return file_name("+".join(path.stem for path in paths), f"{len(paths)}-files")
+
+
 @dataclass(frozen=True)
 class Drawing(Settings):
     """All that a picture depends on. The same one gives the same bytes, on the same machine."""
@@ -52,12 +69,7 @@ class Drawing(Settings):
     def name(self) -> str:
         """Of its files."""
         names = [*self.objects, *(f"without-{name}" for name in self.without)]
-        name = "_".join(names).replace(" ", "-")
-        # File systems allow 255 bytes, Windows not all characters.
-        if len(name.encode("utf-8", "surrogatepass")) > 150 or set(name) & set('<>:"|?*'):
-            code = zlib.crc32(name.encode("utf-8", "surrogatepass"))
-            name = f"{len(names)}-objects-{code:08x}"
-        return f"{name}_seed{self.seed}"
+        return f"{file_name('_'.join(names), f'{len(names)}-objects')}_seed{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,15 @@ def load_evaluator(
         )
     model = build_evaluator(len(objects))
     load_weights(model, weights, path, f"a ResNet18 with {len(objects)} scores")
-    name = "course" if blob == COURSE_BLOB else str(content.get("name", "unknown weights"))
+    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+        raise UserError(f"{path}: NaN or infinite weights; {HOW_TO_GET_EVALUATOR}")
+    name = str(content.get("name", "unknown weights"))
+    name = "course" if blob == COURSE_BLOB else " ".join(name.split())
     threshold = content.get("threshold", 0.5)
     if not isinstance(threshold, float) or not 0 < threshold < 1:
-        raise UserError(f"{path}: threshold {threshold!r} is no number between 0 and 1")
+        raise UserError(
+            f"{path}: threshold {threshold!r} is no number between 0 and 1; {HOW_TO_GET_EVALUATOR}"
+        )
     model = model.eval().requires_grad_(False).to(device)
     return Evaluator(model, name, path, objects, threshold, blob)
 

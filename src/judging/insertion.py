@@ -1,5 +1,6 @@
 """One picture with objects more: what it shows, drawn, judged."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from iclevr.dataset import normalize, to_uint8
 from iclevr.image_cache import read_image
 from iclevr.labels import decode_labels, encode_labels, parse_prompt
 from judging.bench import Bench
-from judging.drawing import Drawing, plan
+from judging.drawing import file_name, plan, read_drawing
 from judging.evaluator import Evaluation, judge_scores
+from runtime.files import read_json
 from runtime.seeds import picture_seeds
 from runtime.settings import SamplingConfig, UserError, to_dict
 
@@ -49,8 +51,10 @@ class Addition:
 
     @property
     def name(self) -> str:
-        """Of its files."""
-        return f"{self.picture.stem}_and_{'_'.join(self.added).replace(' ', '-')}_seed{self.seed}"
+        """Of its files; pictures of one name, or said to show other things, get one each."""
+        name = file_name(f"{self.picture.stem}_and_{'_'.join(self.added)}", "picture_and_more")
+        began = to_uint8(self.before).numpy().tobytes() + repr(self.shows).encode()
+        return f"{name}-{zlib.crc32(began):08x}_seed{self.seed}"
 
     @property
     def change_outside(self) -> int:
@@ -111,19 +115,36 @@ def open_picture(path: Path, side: int) -> Tensor:
     return normalize(torch.from_numpy(read_image(path, side).copy()))
 
 
+def described_objects(path: Path) -> list[str]:
+    """What is in a picture by the JSON beside it, of a drawing or of an `Addition`.
+
+    Raises:
+        UserError: damaged, or of neither.
+    """
+    remedy = "say with --prompt what the picture shows"
+    content = read_json(path, remedy)
+    if isinstance(content, dict) and "format" in content:
+        return [*read_drawing(path).objects]
+    parts = [content.get(key) for key in ("shows", "added")] if isinstance(content, dict) else []
+    names = [name for part in parts if isinstance(part, list) for name in part]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: describes no picture; {remedy}")
+    return names
+
+
 def objects_in(
     bench: Bench,
     picture: Path,
     image: Tensor,
     prompt: str | None,
-    drawing: Drawing | None,
+    described: Sequence[str] | None,
     flag: str = "--prompt",
 ) -> tuple[list[str], str]:
-    """What a picture shows, and who says so: a prompt (then ""), else its drawing, else the judge.
+    """What a picture shows, and who says so: a prompt (then ""), else its JSON, else the judge.
 
     Args:
         picture: what it is called.
-        drawing: what it was drawn from, if that is known.
+        described: what the JSON beside it says, if there is one.
         flag: of the prompt.
 
     Raises:
@@ -132,9 +153,9 @@ def objects_in(
     objects = bench.checkpoint.objects
     if prompt is not None:
         return parse_prompt(prompt, objects, flag), ""
-    if drawing is not None:
-        encode_labels(drawing.objects, objects)
-        return [*drawing.objects], "its JSON"
+    if described is not None:
+        encode_labels(described, objects)
+        return [*described], "its JSON"
     remedy = f"fill in {flag}, such as 'red sphere'"
     if bench.judge is None:
         raise UserError(f"{picture}: no JSON beside it and no judge; {remedy}")

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from iclevr.labels import encode_condition, parse_prompt
 from judging.bench import Bench, settings_key
-from judging.drawing import plan, read_drawing
+from judging.drawing import plan
 from judging.figures import save_image, strip
-from judging.insertion import add, detected, objects_in, open_picture
+from judging.insertion import add, described_objects, detected, objects_in, open_picture
 from runtime import processes
 from runtime.files import write_json
 from runtime.seeds import picture_seeds
@@ -94,8 +94,8 @@ def draw_addition(
         UserError: no picture, unknown objects, one that is there already, or no free place.
     """
     image, described = open_picture(picture, bench.model.image_size), picture.with_suffix(".json")
-    drawing = read_drawing(described) if prompt is None and described.exists() else None
-    shows, who = objects_in(bench, picture, image, prompt, drawing)
+    told = described_objects(described) if prompt is None and described.exists() else None
+    shows, who = objects_in(bench, picture, image, prompt, told)
     if who:
         print(f"the picture shows: {', '.join(shows)} ({who})")
     new = parse_prompt(added, bench.checkpoint.objects, "--add")

@@ -190,7 +190,8 @@ class Handlers:
         """
         picture, image, drawing = self.picture_of(session, number, upload)
         told = there if there.strip() else None
-        names, who = objects_in(self.bench, picture, image, told, drawing, "--what_is_there")
+        described = drawing and drawing.objects
+        names, who = objects_in(self.bench, picture, image, told, described, "--what_is_there")
         new, seed = parse_prompt(added, self.objects, "--add"), seed_of(seed)
         sampling = self.sampling(*how)
         shows = ", ".join(names) + (f" ({who})" if who else "")

@@ -14,7 +14,7 @@ from network.model import stages
 from reporting.pictures import grid_uri, is_number
 from reporting.results import Start
 from runtime.files import read_json
-from runtime.settings import Settings, TrainConfig, UserError, from_dict
+from runtime.settings import ROOT, Settings, TrainConfig, UserError, from_dict
 from training.history import History
 from training.recipes import RECIPES
 from training.run_folder import latest_checkpoint
@@ -89,7 +89,12 @@ def find_run(output_dir: Path, run_name: str, ckpt_path: Path | None, result_dir
 
 
 def command(script: str, *flags: object) -> str:
-    return shlex.join(["python", f"src/{script}.py", *map(str, flags)])
+    # As typed in the repository's folder: the file is handed on, and other folders are private.
+    short = [
+        flag.relative_to(ROOT) if isinstance(flag, Path) and flag.is_relative_to(ROOT) else flag
+        for flag in flags
+    ]
+    return shlex.join(["python", f"src/{script}.py", *map(str, short)])
 
 
 def commands(run: Run) -> dict[str, str]:

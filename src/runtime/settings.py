@@ -30,9 +30,9 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[2]
 """Folder of the repository: default paths hang on it, so that commands work from any folder."""
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 Channels = Annotated[int, Field(ge=1, le=2**14)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 LARGEST = 1e30
 """Of settings: float32, in which they are used, ends at 3.4e38."""
 PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST)]
@@ -53,7 +53,8 @@ def _only_if(holds: Callable[[Any], Any], why: str) -> AfterValidator:
 RunName = Annotated[
     str,
     _only_if(
-        re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f\ud800-\udfff]+").fullmatch,
+        # result/ is where those of all runs go.
+        re.compile(r"(?!(\.{1,2}|result)$)[^/\\\x00-\x1f\x7f\ud800-\udfff]+").fullmatch,
         "it names a folder; use another name, without / and \\",
     ),
 ]
@@ -192,7 +193,7 @@ class SamplerConfig(Settings):
     show it best (after CompLift, Yu & Gao 2025); no judge is asked. What must not come is not
     weighed."""
     batch_size: PositiveInt = 64
-    """Pictures drawn at a time; the pictures do not depend on it."""
+    """Pictures drawn at a time; the pictures do not depend on it, but for rounding."""
     classifier_guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Follow the gradient of the --evaluator too, this strongly; such figures are marked."""
     mixed_precision: Precision = "auto"

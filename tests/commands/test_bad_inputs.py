@@ -96,6 +96,13 @@ def with_folder(script: str, path: Callable[[dict[str, Path]], Path], *words: st
     return Case(script, words, change=lambda files: (path(files).unlink(), path(files).mkdir()))
 
 
+def spoil(path: Path) -> None:
+    """A NaN among the weights of an evaluator."""
+    content = torch.load(path, weights_only=True)
+    content["model"]["fc.0.bias"][0] = torch.nan
+    torch.save(content, path)
+
+
 class Runs:
     """Unpickling it would run code."""
 
@@ -233,6 +240,13 @@ CASES = {
     "evaluator: a numpy file": Case(
         "test", ("judge.pth",), change=lambda f: np.save(f["judge"].open("wb"), np.zeros(3))
     ),
+    "evaluator: NaN": Case(
+        "test", ("judge.pth: NaN or infinite weights",), "", lambda f: spoil(f["judge"])
+    ),
+    "Frechet distance without training pictures": Case(
+        "test", ("--num_fd_samples 4", "--data_dir"), "--num_fd_samples 4",
+        lambda f: (f["data"] / "train.json").unlink(),
+    ),
     "evaluator: not there": Case("test", ("nothing.pth: not found",), "--judge {out}/nothing.pth"),
     "start from nothing": Case(
         "train", ("nothing.pth: not found",), "--init_from {out}/nothing.pth"
@@ -240,6 +254,7 @@ CASES = {
     "resume from nothing": Case("train", ("--resume",), "--resume {out}/nowhere"),
     "resume from an unset variable": Case("train", ("--resume ''",), "--resume="),
     # --- flags
+    "endless epochs": Case("train", ("--epochs",), "--epochs 1000000000000000000000"),
     "negative epochs": Case("train", ("--epochs", "-1"), "--epochs -1"),
     "no epochs": Case("train", ("--epochs", "0"), "--epochs 0"),
     "huge batch": Case("train", ("--batch_size",), "--batch_size 1e99"),
@@ -254,6 +269,7 @@ CASES = {
     "unknown device": Case("train", ("--device tpu",), "--device tpu"),
     "device not there": Case("test", ("--device cuda:99",), "--device cuda:99"),
     "run name leads out": Case("train", ("--run_name", "../x"), "--run_name ../x"),
+    "run name of the results": Case("train", ("--run_name 'result'",), "--run_name result"),
     "run name with a Windows separator": Case("train", ("--run_name",), "--run_name a\\\\b"),
     "a size that can't be halved": Case(
         "train", ("sample_size 15", "halved"), "--image_size 15"

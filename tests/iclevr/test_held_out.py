@@ -89,6 +89,7 @@ def test_of_a_list_that_is_there(world, tmp_path, capsys):
     argv = ["--data_dir", world, "--out_dir", out, "--hold_out_sets", 0.25]
     found = hold_out.main(list(map(str, argv)))
     files = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert files.pop("hold_out")["hold_out_sets"] == 0.25
     assert set(files) == {"objects", "train", "test", "new_test", "seen", "unseen"}
     assert found["unseen"] == found["seen"] == 16 and found["train"] == 48
     assert {**files["train"], **before} == before
@@ -101,10 +102,21 @@ def test_of_a_list_that_is_there(world, tmp_path, capsys):
         hold_out.main, ["--data_dir", world, "--out_dir", world]
     )
     assert "nothing to hold out" in error_of(hold_out.main, [*argv[:-1], "0"])
+    argv[3] = tmp_path / "none"
     assert "--hold_out_sets 0.0001" in error_of(hold_out.main, [*argv[:-1], "0.0001"])
-    # Another choice in the same folder leaves nothing of this one; nor does a greedy one confound.
+    argv[3] = out
+    # The same again changes nothing; another choice, or other data, is not written over it.
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    hold_out.main(list(map(str, argv)))
+    assert "made with" in error_of(hold_out.main, [*argv[:-1], "0.9"])
+    (out / "hold_out.json").rename(tmp_path / "kept.json")
+    assert "has not made" in error_of(hold_out.main, argv)
+    (tmp_path / "kept.json").rename(out / "hold_out.json")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    argv[3] = tmp_path / "pairs"
     hold_out.main([*map(str, argv[:-1]), "0", "--hold_out_pairs", "0.1"])
-    assert {path.stem for path in out.glob("*seen*")} == {"unseen_pairs"}
+    assert {path.stem for path in argv[3].glob("*seen*")} == {"unseen_pairs"}
+    argv[3] = tmp_path / "most"
     found = hold_out.main([*map(str, argv[:-1]), "0.9"])
     assert found["unseen"] == found["seen"] == 64 - round(0.9 * 64)
 

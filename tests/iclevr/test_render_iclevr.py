@@ -167,12 +167,15 @@ def test_workers_do_not_change_the_files(rendered: Path, tmp_path: Path):
     assert contents(tmp_path) == contents(rendered)
 
 
-def test_sequences_can_be_added_and_left_out(rendered: Path, tmp_path: Path):
+def test_sequences_can_be_added_and_left_out(rendered: Path, tmp_path: Path, capsys):
     main(flags(tmp_path, 4))
     first = contents(tmp_path)
+    (tmp_path / "iclevr" / file_names(0)[1]).write_bytes(b"")  # as a full disk leaves it
     main(flags(tmp_path, 12))
     assert contents(tmp_path) == contents(rendered)
+    assert "leaves out" not in capsys.readouterr().out
     main(flags(tmp_path, 4))
+    assert "24 more are there, which train.json leaves out" in capsys.readouterr().out
     assert (tmp_path / "train.json").read_bytes() == first["train.json"]
 
 

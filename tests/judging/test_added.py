@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import error_of
 from PIL import Image
 
 import test
@@ -48,7 +49,8 @@ def test_the_command_writes_what_is_computed(trained, bench, picture, tmp_path, 
             "--add", "gray cube, blue cube", "--prompt", "red cube",
             "--classifier_guidance_scale", guided]  # fmt: skip
     written = test.main([str(a) for a in argv])
-    assert written.name == f"{drawn.name}.png" == "scene_and_gray-cube_blue-cube_seed7.png"
+    assert written.name == f"{drawn.name}.png"
+    assert drawn.name.startswith("scene_and_gray-cube_blue-cube-") and drawn.name.endswith("_seed7")
     assert written.read_bytes() == to_png(to_image(drawn.image))
     assert json.loads(written.with_suffix(".json").read_text()) == drawn.report
     assert drawn.report["judge"].endswith("guided by the judge") is bool(guided)
@@ -56,6 +58,28 @@ def test_the_command_writes_what_is_computed(trained, bench, picture, tmp_path, 
     for how, seed in ((sampling, 8), (replace(DDIM, classifier_guidance_scale=2), 7)):
         other = add(bench, how, picture, image, ["red cube"], ["gray cube", "blue cube"], seed)
         assert not torch.equal(other.image, drawn.image)
+
+
+def test_more_can_be_added_to_what_was_written(trained, picture, tmp_path, capsys):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--scheduler", "ddim", "--num_inference_steps", 5]  # fmt: skip
+    first = test.main([str(a) for a in [*argv, "--add", "gray cube", "--prompt", "red cube",
+                                        "--to", picture]])  # fmt: skip
+    second = test.main([str(a) for a in [*argv, "--add", "blue cube", "--to", first]])
+    assert "the picture shows: red cube, gray cube (its JSON)" in capsys.readouterr().out
+    written = json.loads(second.with_suffix(".json").read_text())
+    assert written["shows"] == ["red cube", "gray cube"] and written["added"] == ["blue cube"]
+    # Another picture of the same name, or the same said to show something else: other files.
+    other = tmp_path / "other" / picture.name
+    other.parent.mkdir()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(other)
+    for scene, shows in ((other, "red cube"), (picture, "blue sphere")):
+        again = [*argv, "--add", "gray cube", "--prompt", shows, "--to", scene]
+        assert test.main([str(a) for a in again]) != first
+    first.with_suffix(".json").write_text('{"camera": "mine"}')
+    message = error_of(test.main, [*argv, "--add", "blue cube", "--to", first])
+    assert "describes no picture" in message and "--prompt" in message
 
 
 def test_what_became_of_it_is_said(bench, picture):
@@ -89,8 +113,8 @@ def test_who_says_what_a_picture_shows(bench, picture, monkeypatch):
     image, drawing = open_picture(picture, 16), plan(bench, ["red cube"], 0, DDIM)
     scores = torch.zeros(1, 24)
     monkeypatch.setattr(type(bench.judge), "scores", lambda *_: scores)
-    assert objects_in(bench, picture, image, "gray cube", drawing) == (["gray cube"], "")
-    assert objects_in(bench, picture, image, None, drawing) == (["red cube"], "its JSON")
+    assert objects_in(bench, picture, image, "gray cube", drawing.objects) == (["gray cube"], "")
+    assert objects_in(bench, picture, image, None, drawing.objects) == (["red cube"], "its JSON")
     with pytest.raises(UserError, match="scene.png: the judge sees no object in it; fill in --x"):
         objects_in(bench, picture, image, None, None, "--x")
     scores[0, bench.checkpoint.objects["blue sphere"]] = 1

@@ -226,8 +226,12 @@ def test_a_judge_starts_from_another(world, tmp_path):
     first, more = (load_evaluator(path, OBJECTS).model.state_dict() for path in (file, out))
     assert all(torch.allclose(more[k], v, atol=1e-3) for k, v in first.items() if "weight" in k)
     assert info["init_from"] == load_evaluator(file, OBJECTS).blob
+    before = out.read_bytes()
     message = error_of(train_evaluator.main, [*argv, "--overwrite", "--init_from", tmp_path / "no"])
     assert "no: not found" in message
+    message = error_of(train_evaluator.main, [*argv, "--overwrite", "--lr", "1e20"])
+    assert "--lr 1e+20" in message and "lower" in message
+    assert out.read_bytes() == before
 
 
 def test_a_judge_that_was_stopped_goes_on_to_the_same_weights(world, monkeypatch, capsys):
