@@ -42,7 +42,8 @@ def mean_interval(
     mean = float(values.mean())
     if len(set(values.tolist())) == 1:
         return Interval(mean, None, None)
-    half = float(special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values)))
+    t = special.stdtrit(len(values) - 1, 0.975)
+    half = float(t * values.std(ddof=1) / np.sqrt(len(values)))
     return Interval(mean, max(mean - half, lowest), min(mean + half, highest))
 
 
