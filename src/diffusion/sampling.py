@@ -206,10 +206,6 @@ def sample_steps(
     if config.best_of > 1:
         more = num_intermediates, progress, guide
         return (yield from best_of(model, noise, labels, seeds, config, inpainting, *more))
-    if config.classifier_guidance_scale and guide is None:
-        raise ValueError("classifier_guidance_scale needs a guide")
-    if len(labels) != len(seeds):
-        raise ValueError(f"{len(labels)} labels but {len(seeds)} seeds")
     model.eval()
     device, size = next(model.parameters()).device, model.image_size
     steps = check_steps(noise, config)

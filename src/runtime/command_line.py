@@ -115,15 +115,6 @@ def with_paths(config: T, change: Callable[[Path], Path]) -> T:
     return replace(config, **changed)
 
 
-def read_back(config: T, source: str) -> T:
-    """Settings as a reader of the file that holds them will get them.
-
-    Raises:
-        UserError: it would refuse them; `source` and what is wrong.
-    """
-    return from_dict(type(config), to_dict(config), source)
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Settings as JSON-able values (paths become strings, tuples lists); see `from_dict`."""
     return TypeAdapter(type(config)).dump_python(config, mode="json")

@@ -17,14 +17,13 @@ from runtime.command_line import (
     UserError,
     from_dict,
     parse_args,
-    read_back,
     run,
     to_dict,
     with_paths,
 )
 
 __all__ = [
-    "Settings", "UserError", "from_dict", "parse_args", "read_back", "run", "to_dict", "with_paths",
+    "Settings", "UserError", "from_dict", "parse_args", "run", "to_dict", "with_paths",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
