@@ -1,7 +1,6 @@
 """What there is of a run: its settings, log and previews."""
 
 import contextlib
-import json
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +49,7 @@ class Run:
         """metrics.jsonl, but for damaged lines."""
         if self.folder is None:
             return []
-        lines = [json.loads(line) for _, line in History(self.folder / "metrics.jsonl").lines()]
+        lines = History(self.folder / "metrics.jsonl").records()
         return [line for line in lines if is_number(line["step"]) and is_number(line.get("epoch"))]
 
     def of_log(self, name: str) -> list[dict[str, Any]]:

@@ -80,6 +80,17 @@ def append(path: Path, text: str) -> None:
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
 
 
+def read_lines(path: Path) -> Iterator[Any]:
+    """The values in a file of JSON lines, but for lines that a kill or a full disk has cut short.
+
+    No file: none.
+    """
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def make_folder(path: Path, flag: str = "--output_dir") -> None:
     """Make a folder where there is none, before work starts whose results it is to hold.
 
