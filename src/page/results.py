@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 
 from judging.bench import Bench, BenchConfig
+from judging.figures import data_uri
 from network.checkpoint import PRETRAINED
-from page.cards import data_uri
 from runtime.settings import ROOT, DataConfig
 
 CHARTS = {

@@ -11,7 +11,7 @@ from judging.figures import confusion_chart
 from judging.metrics import COUNTS
 from judging.sweep import sweep_chart
 from reporting.findings import Run, commands, training
-from reporting.pictures import data_uri, grid_uri, svg, tests_chart, training_chart
+from reporting.pictures import grid_uri, picture_uri, svg, tests_chart, training_chart
 from reporting.results import Sweep, Test, find_sweeps, find_tests
 from runtime.files import read_json
 
@@ -98,7 +98,7 @@ def scenes(test: Test, split: str) -> list[dict[str, Any]]:
     asked, seen = ((names or unknown)[split] for names in (test.asked, test.seen))
     return [
         {
-            "image": data_uri(test.folder / "images" / split / f"{i}.png"),
+            "image": picture_uri(test.folder / "images" / split / f"{i}.png"),
             "asked": asked[i],
             "seen": seen[i],
             "right": bool(right),
