@@ -159,15 +159,11 @@ def sample(
 
     Args:
         model: the network, on its device; put into eval mode.
-        noise: the schedule the network was trained with.
         labels: (N, K) multi-hot conditions, -1 for objects that must not come.
         seeds: N seeds.
-        config: scheduler, steps, guidance scale, batch size, number format.
         num_intermediates: pictures to keep on the way, evenly spaced, noise and result included;
             more than there are steps repeat some.
-        progress: show a progress bar.
         guide: whose gradient is followed if config.classifier_guidance_scale is not 0.
-        inpainting: draw only a part of each picture.
 
     Returns:
         pictures (N, 3, S, S) float32 in [-1, 1] on the CPU, and the kept x_t

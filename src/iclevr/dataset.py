@@ -154,11 +154,9 @@ class IclevrDataset(Dataset):
     item `index` is a label; there are no pictures.
 
     Args:
-        data_dir: folder of the JSON files.
-        image_dir: folder of the training pictures; may be None for the test modes.
+        image_dir: may be None for the test modes.
         image_size: S, side in pixels.
-        cache_dir: folder of the decoded pictures; None: .cache/ in `data_dir`.
-        follow_links: take pictures that are links out of their folder.
+        cache_dir: None: .cache/ in `data_dir`.
 
     Raises:
         UserError: files missing or malformed, see the functions above.

@@ -35,8 +35,6 @@ def load_images(
     Args:
         names: N file names in `image_dir`.
         image_size: side S in pixels that pictures are resized to (bilinear, antialiased).
-        cache_dir: folder of the cache, made if absent.
-        follow_links: take pictures that are links out of the folder.
 
     Returns:
         a .npy file: (N, 3, S, S) uint8, in the order of `names`.

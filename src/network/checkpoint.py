@@ -21,12 +21,7 @@ PRETRAINED = ROOT / "data" / "standin" / "model.pth"
 
 
 class DamagedFileError(UserError):
-    """A file that is not whole, that the disk can't give back, or that never was of this kind.
-
-    Args:
-        what: file and fault.
-        remedy: what to do about it.
-    """
+    """A file that is not whole, that the disk can't give back, or that never was of this kind."""
 
     def __init__(self, what: str, remedy: str):
         super().__init__(f"{what}; {remedy}")
