@@ -181,16 +181,13 @@ def draw_one(bench: Bench, config: TestConfig, run_folder: Path) -> Path:
         )
     scale = config.sampling.guidance_scale
     config, bench = settle(replace(config, num_fd_samples=0), bench, [scale])
-    how = folder_name(replace(config, seed=0, num_seeds=1))
+    sampling, seed = config.sampling, config.seed
+    how = f"{folder_name(replace(config, seed=0, num_seeds=1))}-{settings_key(0, bench, sampling)}"
     if config.add is not None:
-        return draw_addition(
-            bench, config.sampling, config.to, config.add, config.prompt, config.seed,
-            run_folder / "added" / how,
-        )  # fmt: skip
-    return draw_prompt(
-        bench, config.sampling, config.prompt, config.without, config.seed,
-        run_folder / "prompt" / how,
-    )  # fmt: skip
+        folder = run_folder / "added" / how
+        return draw_addition(bench, sampling, config.to, config.add, config.prompt, seed, folder)
+    folder = run_folder / "prompt" / how
+    return draw_prompt(bench, sampling, config.prompt, config.without, seed, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
