@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from iclevr.image_cache import load_images
 from iclevr.labels import (
     HOW_TO_GET_DATA,
-    SPLITS,
     condition_files,
     read_conditions,
     read_objects,
@@ -181,11 +180,8 @@ class IclevrDataset(Dataset):
                     follow_links,
                 )  # fmt: skip
             self.images = np.load(self.cache, mmap_mode="r")  # (N, 3, S, S) uint8
-        elif mode in SPLITS:
-            path = condition_files(data_dir)[mode]
-            self.conditions, self.labels = read_conditions(path, self.objects)
         else:
-            raise ValueError(f"mode {mode!r}: use train, test or new_test")
+            _, self.labels = read_conditions(condition_files(data_dir)[mode], self.objects)
 
     def __getstate__(self) -> dict:
         # A loader's worker opens the map itself; pickled, it would become a copy in memory.
