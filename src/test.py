@@ -159,11 +159,7 @@ def read_config(argv: Sequence[str] | None) -> tuple[TestConfig, Drawing | None]
 
 
 def check_together(config: TestConfig) -> None:
-    """Flags that need each other.
-
-    Raises:
-        UserError: one is there without the other.
-    """
+    """Refuse flags that lack the ones they need, or do not go together."""
     if config.without is not None and (config.prompt is None or config.add is not None):
         raise UserError(f"--without {config.without!r}: goes with --prompt; name the scene there")
     if config.conditions and (config.prompt is not None or config.add is not None):

@@ -99,11 +99,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 def check_settings(
     config: TrainConfig, paths: DataPaths, objects: dict[str, int], device: torch.device
 ) -> None:
-    """Settings fit each other, the data's objects and this machine.
-
-    Raises:
-        UserError: they don't; names the flag.
-    """
+    """Refuse settings that don't fit each other, the data's objects or this machine."""
     check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
     if config.reward.reward_model:
         check_steps(config.noise, reward_sampling(config), flag="--reward_steps")
@@ -136,11 +132,7 @@ def check_settings(
 
 
 def check_shares(config: TrainConfig, batch_size: int) -> None:
-    """Every process must have a picture for each part of its share.
-
-    Raises:
-        UserError: there are more parts than pictures in a batch.
-    """
+    """Refuse a batch without a picture for each part of every process's share."""
     parts = config.gradient_accumulation_steps
     if batch_size < processes.world_size() * parts:
         raise UserError(

@@ -110,9 +110,6 @@ def add_objects(
 
     Returns:
         pictures (N, 3, S, S) in [-1, 1] and the discs that were drawn anew (N, 1, S, S), on the CPU
-
-    Raises:
-        UserError: no place is free in one of them.
     """
     model.eval()
     device = next(model.parameters()).device

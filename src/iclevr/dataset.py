@@ -156,9 +156,6 @@ class IclevrDataset(Dataset):
         image_dir: may be None for the test modes.
         image_size: S, side in pixels.
         cache_dir: None: .cache/ in `data_dir`.
-
-    Raises:
-        UserError: files missing or malformed, see the functions above.
     """
 
     def __init__(

@@ -68,11 +68,7 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add to the end of a text file, which a kill may leave with part of it.
-
-    Raises:
-        UserError: it can't be written.
-    """
+    """Add to the end of a text file, which a kill may leave with part of it."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
@@ -96,9 +92,6 @@ def make_folder(path: Path, flag: str = "--output_dir") -> None:
 
     Args:
         flag: which one names another.
-
-    Raises:
-        UserError: it can't be made or written to.
     """
     with _name_another(path, flag):
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -106,11 +99,7 @@ def make_folder(path: Path, flag: str = "--output_dir") -> None:
 
 
 def check_folder(path: Path, flag: str = "--output_dir") -> None:
-    """Find out whether `make_folder` would succeed, without making anything.
-
-    Raises:
-        UserError: what there is of the path can't be written to.
-    """
+    """Refuse what `make_folder` would fail with, without making anything."""
     with _name_another(path, flag):
         there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         tempfile.TemporaryFile(dir=there).close()

@@ -32,10 +32,6 @@ class History:
                 temporary.write_text(kept, encoding="utf-8")
 
     def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
-        """Add a line with the numbers and the text among `values`.
-
-        Raises:
-            UserError: the file can't be written.
-        """
+        """Add a line with the numbers and the text among `values`."""
         kept = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
         append(self.path, json.dumps({"step": step, "epoch": epoch} | kept) + "\n")

@@ -142,11 +142,7 @@ def on_this_machine(stored: TrainConfig) -> TrainConfig:
 
 
 def check_there(config: TrainConfig, stored: TrainConfig, path: Path) -> None:
-    """The files and folders that are taken from the checkpoint `path` are there.
-
-    Raises:
-        UserError: one is not; says which flag names another.
-    """
+    """Refuse files and folders that are taken from the checkpoint `path` and are not there."""
     taken, before = (
         vars(settings.data)
         | {"align_to": settings.align_to, "reward_model": settings.reward.reward_model}
@@ -163,11 +159,7 @@ def check_there(config: TrainConfig, stored: TrainConfig, path: Path) -> None:
 def check_unchanged(
     config: Settings, stored: Settings, path: Path, remedy: str, free: Collection[str] = ()
 ) -> None:
-    """Settings equal those stored in the checkpoint `path`, but for the ones named in `free`.
-
-    Raises:
-        UserError: one differs; ends with `remedy`.
-    """
+    """Refuse settings that differ from those in the checkpoint `path`, but for those in `free`."""
     for name, value in vars(stored).items():
         given = getattr(config, name)
         if name in free or given == value:
