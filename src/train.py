@@ -22,7 +22,7 @@ from iclevr.labels import condition_files, read_conditions, read_objects
 from judging.evaluator import Evaluator, load_evaluator
 from network.model import DiffusionModel, summary
 from runtime import processes
-from runtime.command_line import as_typed
+from runtime.command_line import command
 from runtime.device import pick_device, warn_of_launcher
 from runtime.files import check_folder, make_folder
 from runtime.provenance import provenance
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             print(f"processes: {processes.world_size()}, each with {share}")
         trainer.note_start(provenance(__file__, argv, device))
         saved = trainer.train()
-    print(f"saved {saved}\nnext: python src/test.py {as_typed(['--ckpt_path', saved])}")
+    print(f"saved {saved}\nnext: {command('test', '--ckpt_path', saved)}")
     return saved
 
 

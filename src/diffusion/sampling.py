@@ -47,9 +47,8 @@ class Inpainting:
             alpha_bar: alphas_cumprod at the noise level of x_t; 1 for pictures without noise.
             z: (N, 3, S, S) standard normal noise.
         """
-        alpha_bar, free = alpha_bar.to(x_t.device), self.free.to(x_t.device)
-        around = alpha_bar.sqrt() * self.x_0.to(x_t.device) + (1 - alpha_bar).sqrt() * z
-        return free * x_t + (1 - free) * around
+        around = alpha_bar.sqrt() * self.x_0 + (1 - alpha_bar).sqrt() * z
+        return self.free * x_t + (1 - self.free) * around
 
 
 def step_repeats(noise: SchedulerConfig, config: SamplerConfig, t: Tensor | int) -> int:

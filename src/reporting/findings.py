@@ -1,7 +1,6 @@
 """What there is of a run: its settings, log and previews."""
 
 import contextlib
-import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from network.checkpoint import load_checkpoint
 from network.model import stages
 from reporting.pictures import grid_uri, is_number
 from reporting.results import Start
+from runtime.command_line import command
 from runtime.files import read_json
 from runtime.settings import Settings, TrainConfig, UserError, from_dict
 from training.history import History
@@ -85,10 +85,6 @@ def find_run(output_dir: Path, run_name: str, ckpt_path: Path | None, result_dir
     remedy = f"{train} trains it, --ckpt_path FILE takes the settings from a checkpoint"
     config = from_dict(TrainConfig, read_json(path, remedy), source=str(path))
     return Run(config, folder, latest_checkpoint(folder), result_dir)
-
-
-def command(script: str, *flags: object) -> str:
-    return shlex.join(["python", f"src/{script}.py", *map(str, flags)])
 
 
 def commands(run: Run) -> dict[str, str]:

@@ -165,6 +165,11 @@ def run(main: Callable[[], Any], if_stopped: str = "stopped") -> None:
         processes.leave()
 
 
+def command(script: str, *flags: Any) -> str:
+    """What to type for a script of this repository."""
+    return as_typed(["python", f"src/{script}.py", *flags])
+
+
 def as_typed(argv: Sequence[Any]) -> str:
     """Arguments in one line, quoted for the shell of this system."""
     words = [str(word) for word in argv]
