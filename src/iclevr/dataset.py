@@ -167,13 +167,13 @@ class IclevrDataset(Dataset):
         cache_dir: Path | None = None,
         follow_links: bool = False,
     ):
-        self.mode, self.data_dir = mode, Path(data_dir)
+        self.mode, self.data_dir = mode, data_dir
         self.objects = read_objects(self.data_dir)
         if mode == "train":
             cache_dir = cache_dir or self.data_dir / ".cache"
             with processes.main_first():
                 self.names, self.labels, self.cache = open_train(
-                    self.data_dir, Path(image_dir), self.objects, image_size, Path(cache_dir),
+                    self.data_dir, image_dir, self.objects, image_size, cache_dir,
                     follow_links,
                 )  # fmt: skip
             self.images = np.load(self.cache, mmap_mode="r")  # (N, 3, S, S) uint8

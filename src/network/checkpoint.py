@@ -156,7 +156,6 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Any]:
     Raises:
         UserError: missing, damaged, in need of running code, or no dict; ends with `remedy`.
     """
-    path = Path(path)
     try:
         if path.is_file() and (damaged := damaged_part(path)):
             raise DamagedFileError(f"{path}: damaged ({damaged} misses its checksum)", remedy)

@@ -31,7 +31,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder can't be written to, or the disk is full.
     """
-    path = Path(path)
     # The suffix stays last: writers such as Pillow choose the format by it.
     temporary = path.with_name(f".tmp-{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     missing = [folder for folder in path.parents if not os.path.exists(folder)]
@@ -94,7 +93,7 @@ def make_folder(path: Path, flag: str = "--output_dir") -> None:
         flag: which one names another.
     """
     with _name_another(path, flag):
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
 
 
@@ -118,7 +117,7 @@ def _name_another(path: Path, flag: str) -> Iterator[None]:
 
 def remove_left_overs(folder: Path, older_than_s: float = 0) -> None:
     """Delete temporary files of `atomic_write` in a folder, of writes that a kill has cut short."""
-    for path in Path(folder).glob(".tmp-*"):
+    for path in folder.glob(".tmp-*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older_than_s:
                 path.unlink()
@@ -168,7 +167,6 @@ def read_json(path: Path, remedy: str = "check the path") -> Any:
     Raises:
         UserError: the file is missing, unreadable or not JSON; ends with `remedy`.
     """
-    path = Path(path)
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
