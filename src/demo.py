@@ -52,13 +52,12 @@ class DemoConfig(Settings):
 
 def stage(script: ModuleType, flags: Sequence[Any], notes: Path, done: bool = False) -> None:
     """Run `script` unless it has been done before, and note in `notes` how long it took."""
-    print(f"\n$ {command(script.__name__, *flags)}", flush=True)
     if done:
-        print("done before, skipped")
+        print(f"\n$ {command(script.__name__, *flags)}\ndone before, skipped")
         return
     since = time.perf_counter()
     try:
-        script.main([str(flag) for flag in flags])
+        at_once(script, flags)
     except (SystemExit, KeyboardInterrupt):
         print("the demo goes on from here when it is started again", file=sys.stderr)
         raise
@@ -78,7 +77,7 @@ def show_pretrained(output: Path) -> None:
 
 
 def at_once(script: ModuleType, flags: Sequence[Any]) -> None:
-    """Run `script`."""
+    """Run `script`, shown as a command."""
     print(f"\n$ {command(script.__name__, *flags)}", flush=True)
     script.main([str(flag) for flag in flags])
 

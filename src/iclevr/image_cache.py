@@ -43,10 +43,8 @@ def load_images(
         UserError: pictures are missing or broken, or the cache can't be written.
     """
     folder = hashlib.sha256(str(image_dir.resolve()).encode()).hexdigest()[:8]
-    path = (
-        cache_dir
-        / f"{image_size}px-{folder}-{_hash_of_sources(image_dir, names, follow_links)}.npy"
-    )
+    sources = _hash_of_sources(image_dir, names, follow_links)
+    path = cache_dir / f"{image_size}px-{folder}-{sources}.npy"
     if path.exists():
         if not (fault := _fault(path)):
             return path

@@ -76,7 +76,7 @@ class UNet2DModel(nn.Module):
 
     def __init__(
         self,
-        sample_size: int | None = None,
+        sample_size: int,
         in_channels: int = 3,
         out_channels: int = 3,
         down_block_types: Sequence[str] = ("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
@@ -108,7 +108,7 @@ class UNet2DModel(nn.Module):
                     f"norm_num_groups {norm_num_groups}"
                 )
         halvings = levels if halve_every_block else levels - 1
-        if sample_size is not None and sample_size % 2**halvings:
+        if sample_size % 2**halvings:
             raise ValueError(
                 f"sample_size {sample_size} can't be halved {halvings} times: "
                 f"use a multiple of {2**halvings} or fewer block_out_channels"
