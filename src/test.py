@@ -58,8 +58,6 @@ STRIP_PROMPT = ["red sphere", "cyan cylinder", "cyan cube"]
 class TestConfig(BenchConfig):
     """Draw and score the conditions of test.json and new_test.json, or of other files."""
 
-    __test__ = False  # not a test case, whatever pytest thinks of the name
-
     num_seeds: Annotated[int, Field(ge=1, le=1000)] = 1
     """Draws of every picture; with several, accuracies are their mean and 95% interval."""
     prompt: str | None = None

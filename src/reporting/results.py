@@ -66,8 +66,6 @@ class OtherJudge:
 class Test(Result):
     """accuracies.json."""
 
-    __test__ = False  # not a test case, whatever pytest thinks of the name
-
     sampling: SamplingConfig
     evaluations: float
     seed: int

@@ -80,10 +80,8 @@ def spelled_out(cls: type, argv: Sequence[str]) -> list[str]:
         if not flag.startswith("--") or plain not in known:
             result.append(flag + equals + value)
             continue
-        if not equals and rest and rest[0].lower() in words:
-            value = rest.pop(0)
-        elif not equals:
-            value = "true"
+        if not equals:
+            value = rest.pop(0) if rest and rest[0].lower() in words else "true"
         if value.lower() not in words:
             raise UserError(f"{flag} {value!r}: use {flag} True or {flag} False")
         on = words[value.lower()] == (name == plain)
