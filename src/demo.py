@@ -22,7 +22,7 @@ import report
 import test
 import train
 from network.checkpoint import PRETRAINED
-from runtime.command_line import as_typed
+from runtime.command_line import command
 from runtime.files import read_json, write_json
 from runtime.settings import ROOT, Settings, UserError, parse_args, run
 from training.resume import latest_checkpoint
@@ -52,13 +52,12 @@ class DemoConfig(Settings):
 
 def stage(script: ModuleType, flags: Sequence[Any], notes: Path, done: bool = False) -> None:
     """Run `script` unless it has been done before, and note in `notes` how long it took."""
-    print(f"\n$ {command(script, flags)}", flush=True)
     if done:
-        print("done before, skipped")
+        print(f"\n$ {command(script.__name__, *flags)}\ndone before, skipped")
         return
     since = time.perf_counter()
     try:
-        script.main([str(flag) for flag in flags])
+        at_once(script, flags)
     except (SystemExit, KeyboardInterrupt):
         print("the demo goes on from here when it is started again", file=sys.stderr)
         raise
@@ -74,17 +73,13 @@ def show_pretrained(output: Path) -> None:
     more = [*flags, *["--num_seeds", "4", "--num_fd_samples", "0", "--wandb", "disabled"]]
     at_once(test, more)
     at_once(report, ["--ckpt_path", PRETRAINED, "--output_dir", output])
-    print(f"try: {command(test, [*flags, *PROMPT])}")
+    print(f"try: {command('test', *flags, *PROMPT)}")
 
 
 def at_once(script: ModuleType, flags: Sequence[Any]) -> None:
-    """Run `script`."""
-    print(f"\n$ {command(script, flags)}", flush=True)
+    """Run `script`, shown as a command."""
+    print(f"\n$ {command(script.__name__, *flags)}", flush=True)
     script.main([str(flag) for flag in flags])
-
-
-def command(script: ModuleType, flags: Sequence[Any]) -> str:
-    return f"python src/{script.__name__}.py {as_typed(flags)}"
 
 
 def newest(folder: Path, pattern: str) -> Path:
@@ -128,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("  test_grid.png, new_test_grid.png, denoising.png, confusion.png, nearest.png")
     print(f"sweep: {newest(result, 'guidance_scale/*/sweep.png')}")
     print(f"previews during training: {run_dir / 'samples'}")
-    print(f"try: {command(test, [*common, *SAMPLING, *PROMPT])}")
+    print(f"try: {command('test', *common, *SAMPLING, *PROMPT)}")
 
 
 if __name__ == "__main__":

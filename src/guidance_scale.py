@@ -18,6 +18,7 @@ from judging.bench import (
     Bench,
     BenchConfig,
     Draw,
+    Draws,
     draw_frechet,
     draw_missing,
     draw_splits,
@@ -89,6 +90,28 @@ def draw_once(bench: Bench, sampling: SamplingConfig, seed: int, num_fd_samples:
     return draw
 
 
+def sum_up(
+    config: SweepConfig, bench: Bench, alike: SamplingConfig, draws: Draws, seeds: list[int]
+) -> dict[str, Any]:
+    """The content of sweep.json; `alike` is what all scales have in common."""
+    scales, count = guidance_scales(config), config.num_fd_samples
+    summary = summarise_sweep(draws, scales, seeds)
+    floor = frechet_floor(bench.reference, count, config.seed) if count else None
+    return {
+        "checkpoint": str(config.ckpt_path),
+        "settings": settings_key(count, bench, alike),
+        "judge": bench.judge_name(alike),
+        "threshold": bench.judge.threshold,
+        "num_fd_samples": count,
+        "frechet_distance_of_training_pictures": floor,
+        "sampling": to_dict(config.sampling),
+        "seeds": seeds,
+        "verdict": verdict(summary),
+        **summary,
+        **origin(bench, [draws[scale, seed] for scale in scales for seed in seeds]),
+    }
+
+
 def write_tables(
     rows: dict[float, dict[str, Interval]], title: str, text: str, folder: Path
 ) -> None:
@@ -134,31 +157,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )  # fmt: skip
 
     count = config.num_fd_samples
-    wanted = [(scale, seed) for scale in scales for seed in seeds]
     draws = draw_missing(
         folder / "draws.jsonl",
-        wanted,
+        [(scale, seed) for scale in scales for seed in seeds],
         lambda scale, seed: draw_once(bench, replace(alike, guidance_scale=scale), seed, count),
         provenance(__file__, argv, bench.device),
     )
     if not processes.is_main():
         return {}
 
-    summary = summarise_sweep(draws, scales, seeds)
-    floor = frechet_floor(bench.reference, count, config.seed) if count else None
-    report = {
-        "checkpoint": str(config.ckpt_path),
-        "settings": key,
-        "judge": bench.judge_name(alike),
-        "threshold": bench.judge.threshold,
-        "num_fd_samples": count,
-        "frechet_distance_of_training_pictures": floor,
-        "sampling": to_dict(sampler),
-        "seeds": seeds,
-        "verdict": verdict(summary),
-        **summary,
-        **origin(bench, [draws[which] for which in wanted]),
-    }
+    report = sum_up(config, bench, alike, draws, seeds)
     write_json(folder / "sweep.json", report)
     title = f"{bench.run_name}: {sampler.scheduler}, {sampler.num_inference_steps} steps, "
     title += f"judge: {report['judge']}"

@@ -10,7 +10,6 @@ unseen_pairs.json, and objects.json, test.json and new_test.json as they are. Th
 never changed. src/render_iclevr.py --hold_out_sets renders a stand-in without such sets instead.
 """
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from iclevr.labels import (
     read_objects,
     read_train,
 )
+from runtime.command_line import command
 from runtime.files import make_folder, read_json, write_json
 from runtime.settings import (
     ROOT,
@@ -120,8 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     data = ["--data_dir", config.out_dir, "--image_dir", paths.image_dir]
     data += ["--evaluator", paths.evaluator] if paths.evaluator else []
     data += ["--follow_links"] if paths.follow_links else []
-    print(f"python src/train.py {shlex.join(map(str, data))} ...")
-    print(f"python src/test.py {shlex.join(map(str, [*data, '--conditions', *tests]))} ...")
+    print(f"{command('train', *data)} ...\n{command('test', *data, '--conditions', *tests)} ...")
     return found
 
 

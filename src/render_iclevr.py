@@ -110,11 +110,7 @@ def _settings(config: RenderConfig) -> dict[str, Any]:
 
 
 def _check_made_here(config: RenderConfig) -> None:
-    """The folder is empty, or its pictures were made by this script with the same settings.
-
-    Raises:
-        UserError: they were made with others, or elsewhere.
-    """
+    """Refuse a folder whose pictures were not made by this script with the same settings."""
     path = config.out_dir / "render.json"
     if not path.exists():
         for name in ("train.json", "iclevr"):

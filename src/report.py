@@ -52,11 +52,7 @@ class ReportConfig(Settings):
 
 
 def find_browser() -> str:
-    """Chromium, or one of its kin.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Chromium, or one of its kin."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         raise UserError(
@@ -67,11 +63,7 @@ def find_browser() -> str:
 
 
 def print_pdf(browser: str, html: Path, pdf: Path) -> None:
-    """Print a page as a browser does.
-
-    Raises:
-        UserError: the browser fails.
-    """
+    """Print a page as a browser does."""
     command = [browser, "--headless", "--disable-gpu", "--no-pdf-header-footer"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--no-sandbox")  # which Chromium refuses to root

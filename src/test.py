@@ -58,8 +58,6 @@ STRIP_PROMPT = ["red sphere", "cyan cylinder", "cyan cube"]
 class TestConfig(BenchConfig):
     """Draw and score the conditions of test.json and new_test.json, or of other files."""
 
-    __test__ = False  # not a test case, whatever pytest thinks of the name
-
     num_seeds: Annotated[int, Field(ge=1, le=1000)] = 1
     """Draws of every picture; with several, accuracies are their mean and 95% interval."""
     prompt: str | None = None
@@ -159,11 +157,7 @@ def read_config(argv: Sequence[str] | None) -> tuple[TestConfig, Drawing | None]
 
 
 def check_together(config: TestConfig) -> None:
-    """Flags that need each other.
-
-    Raises:
-        UserError: one is there without the other.
-    """
+    """Refuse flags that lack the ones they need, or do not go together."""
     if config.without is not None and (config.prompt is None or config.add is not None):
         raise UserError(f"--without {config.without!r}: goes with --prompt; name the scene there")
     if config.conditions and (config.prompt is not None or config.add is not None):
@@ -181,16 +175,13 @@ def draw_one(bench: Bench, config: TestConfig, run_folder: Path) -> Path:
         )
     scale = config.sampling.guidance_scale
     config, bench = settle(replace(config, num_fd_samples=0), bench, [scale])
-    how = folder_name(replace(config, seed=0, num_seeds=1))
+    sampling, seed = config.sampling, config.seed
+    how = f"{folder_name(replace(config, seed=0, num_seeds=1))}-{settings_key(0, bench, sampling)}"
     if config.add is not None:
-        return draw_addition(
-            bench, config.sampling, config.to, config.add, config.prompt, config.seed,
-            run_folder / "added" / how,
-        )  # fmt: skip
-    return draw_prompt(
-        bench, config.sampling, config.prompt, config.without, config.seed,
-        run_folder / "prompt" / how,
-    )  # fmt: skip
+        folder = run_folder / "added" / how
+        return draw_addition(bench, sampling, config.to, config.add, config.prompt, seed, folder)
+    folder = run_folder / "prompt" / how
+    return draw_prompt(bench, sampling, config.prompt, config.without, seed, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:

@@ -22,7 +22,7 @@ from iclevr.labels import condition_files, read_conditions, read_objects
 from judging.evaluator import Evaluator, load_evaluator
 from network.model import DiffusionModel, summary
 from runtime import processes
-from runtime.command_line import as_typed
+from runtime.command_line import command
 from runtime.device import pick_device, warn_of_launcher
 from runtime.files import check_folder, make_folder
 from runtime.provenance import provenance
@@ -92,18 +92,14 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             print(f"processes: {processes.world_size()}, each with {share}")
         trainer.note_start(provenance(__file__, argv, device))
         saved = trainer.train()
-    print(f"saved {saved}\nnext: python src/test.py {as_typed(['--ckpt_path', saved])}")
+    print(f"saved {saved}\nnext: {command('test', '--ckpt_path', saved)}")
     return saved
 
 
 def check_settings(
     config: TrainConfig, paths: DataPaths, objects: dict[str, int], device: torch.device
 ) -> None:
-    """Settings fit each other, the data's objects and this machine.
-
-    Raises:
-        UserError: they don't; names the flag.
-    """
+    """Refuse settings that don't fit each other, the data's objects or this machine."""
     check_steps(config.noise, preview_sampling(config), flag="--preview_steps")
     if config.reward.reward_model:
         check_steps(config.noise, reward_sampling(config), flag="--reward_steps")
@@ -136,11 +132,7 @@ def check_settings(
 
 
 def check_shares(config: TrainConfig, batch_size: int) -> None:
-    """Every process must have a picture for each part of its share.
-
-    Raises:
-        UserError: there are more parts than pictures in a batch.
-    """
+    """Refuse a batch without a picture for each part of every process's share."""
     parts = config.gradient_accumulation_steps
     if batch_size < processes.world_size() * parts:
         raise UserError(

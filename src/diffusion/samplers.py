@@ -4,7 +4,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from diffusion.schedule import shifted_betas
@@ -36,14 +36,8 @@ def make_scheduler(config: SchedulerConfig, name: str = "ddpm") -> SchedulerMixi
 
 def alpha_bar_after(scheduler: Any, t: Tensor) -> Tensor:
     """alphas_cumprod at the end of the step from `t`; 1 after the last one, whose end is x_0."""
-    if isinstance(scheduler, DDIMScheduler):
-        previous = t - len(scheduler.alphas_cumprod) // scheduler.num_inference_steps
-    elif isinstance(scheduler, DDPMScheduler):
-        previous = scheduler.previous_timestep(t)
-    else:  # the solvers keep a list
-        later = scheduler.timesteps[scheduler.timesteps < t]
-        previous = later[0] if len(later) else -1
-    return scheduler.alphas_cumprod[previous] if previous >= 0 else torch.tensor(1.0)
+    later = scheduler.timesteps[scheduler.timesteps < t]
+    return scheduler.alphas_cumprod[later[0]] if len(later) else torch.tensor(1.0)
 
 
 class StepsError(UserError):

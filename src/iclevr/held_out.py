@@ -101,13 +101,9 @@ def held_out_conditions(
         if seen:
             result["seen"] = seen
     if held_out.pairs:
-        pairs = shuffled(held_out.pairs)
-        more = [
-            [*pair, other]
-            for pair in pairs
-            for other in rng.permutation([name for name in objects if name not in pair]).tolist()[
-                :THIRD_OBJECTS
-            ]
-        ]
+        pairs, more = shuffled(held_out.pairs), []
+        for pair in pairs:
+            others = rng.permutation([name for name in objects if name not in pair]).tolist()
+            more += [[*pair, other] for other in others[:THIRD_OBJECTS]]
         result["unseen_pairs"] = pairs + more
     return result

@@ -35,8 +35,6 @@ def load_images(
     Args:
         names: N file names in `image_dir`.
         image_size: side S in pixels that pictures are resized to (bilinear, antialiased).
-        cache_dir: folder of the cache, made if absent.
-        follow_links: take pictures that are links out of the folder.
 
     Returns:
         a .npy file: (N, 3, S, S) uint8, in the order of `names`.
@@ -45,10 +43,8 @@ def load_images(
         UserError: pictures are missing or broken, or the cache can't be written.
     """
     folder = hashlib.sha256(str(image_dir.resolve()).encode()).hexdigest()[:8]
-    path = (
-        cache_dir
-        / f"{image_size}px-{folder}-{_hash_of_sources(image_dir, names, follow_links)}.npy"
-    )
+    sources = _hash_of_sources(image_dir, names, follow_links)
+    path = cache_dir / f"{image_size}px-{folder}-{sources}.npy"
     if path.exists():
         if not (fault := _fault(path)):
             return path

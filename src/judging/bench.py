@@ -27,7 +27,7 @@ from network.checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_mod
 from network.model import DiffusionModel
 from runtime import processes
 from runtime.device import autocast_dtype, pick_device, warn_of_launcher
-from runtime.files import append, check_folder
+from runtime.files import append, check_folder, read_lines
 from runtime.output import progress_bar
 from runtime.seeds import picture_seeds
 from runtime.settings import (
@@ -305,18 +305,16 @@ def split_records(splits: dict[str, tuple[Tensor, Evaluation]]) -> dict[str, Rec
 def read_draws(path: Path) -> Draws:
     """Draws made before; a line cut short by a kill is left out, and drawn again."""
     draws = {}
-    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            kept = json.loads(line)
-            draw = Draw(kept["records"], kept["frechet"], kept["more"], kept.get("made_by", {}))
+    for kept in read_lines(path):
+        with contextlib.suppress(TypeError, KeyError):
+            draw = Draw(kept["records"], kept["frechet"], kept["more"], kept["made_by"])
             draws[kept["scale"], kept["seed"]] = draw
     return draws
 
 
 def origin(bench: Bench, draws: Iterable[Draw]) -> dict[str, Any]:
     """Which checkpoint and which commands a report's draws come from, JSON-able."""
-    made_by = [draw.made_by for draw in draws if draw.made_by]
+    made_by = [draw.made_by for draw in draws]
     return {
         "checkpoint_blob": bench.blob,
         "epoch": bench.checkpoint.epoch,

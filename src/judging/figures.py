@@ -1,5 +1,6 @@
 """For people: pictures in grids and strips, charts of figures with their intervals."""
 
+import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,11 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def data_uri(content: bytes, kind: str = "image/png") -> str:
+    """A file as an address, for pages that hold it in themselves."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def save_image(image: Tensor | Image.Image, path: Path) -> None:
@@ -57,25 +63,25 @@ def split_color(number: int) -> str:
     return f"C{number % 10}"
 
 
-def grid(images: Tensor, columns: int = 8, side: int = SIDE) -> Image.Image:
-    """(N, 3, H, W) in [-1, 1] -> rows of `columns` pictures, each `side` pixels wide."""
-    return to_image(make_grid(resize(images, side), nrow=columns, padding=PADDING, pad_value=1))
+def grid(images: Tensor, columns: int = 8) -> Image.Image:
+    """(N, 3, H, W) in [-1, 1] -> rows of `columns` pictures, each SIDE pixels wide."""
+    return to_image(make_grid(resize(images, SIDE), nrow=columns, padding=PADDING, pad_value=1))
 
 
-def strip(images: Tensor, side: int = SIDE) -> Image.Image:
+def strip(images: Tensor) -> Image.Image:
     """(K, 3, H, W) in [-1, 1] -> one row, for the way from noise to picture."""
-    return grid(images, columns=len(images), side=side)
+    return grid(images, columns=len(images))
 
 
-def pairs(images: Tensor, others: Tensor, columns: int = 8, side: int = SIDE) -> Image.Image:
+def pairs(images: Tensor, others: Tensor, columns: int = 8) -> Image.Image:
     """Two equally long sets (N, 3, H, W) in [-1, 1]: rows of one above rows of the other."""
     rows = []
     for start in range(0, len(images), columns):
         for part in (images[start : start + columns], others[start : start + columns]):
-            part = resize(part, side)
+            part = resize(part, SIDE)
             blank = part.new_ones(columns - len(part), *part.shape[1:])
             rows.append(torch.cat([part, blank]))
-    return grid(torch.cat(rows), columns, side)
+    return grid(torch.cat(rows), columns)
 
 
 def confusion_chart(confusion: Tensor, names: Sequence[str], title: str) -> plt.Figure:

@@ -107,11 +107,7 @@ class Addition:
 
 
 def open_picture(path: Path, side: int) -> Tensor:
-    """(3, side, side) in [-1, 1], of a file.
-
-    Raises:
-        UserError: as `read_image`.
-    """
+    """(3, side, side) in [-1, 1], of a file."""
     return normalize(torch.from_numpy(read_image(path, side).copy()))
 
 

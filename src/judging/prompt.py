@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from iclevr.labels import encode_condition, parse_prompt
-from judging.bench import Bench, settings_key
+from judging.bench import Bench
 from judging.drawing import plan
 from judging.figures import save_image, strip
 from judging.insertion import add, described_objects, detected, objects_in, open_picture
@@ -47,8 +47,7 @@ def draw_prompt(
 
     Args:
         without: objects that must not come, written as a prompt.
-        folder: of the picture, the way to it, and the JSON that draws it again; the hash of all
-            settings is added to its name.
+        folder: of the picture, the way to it, and the JSON that draws it again.
 
     Raises:
         UserError: unknown objects, or one that is asked for and must not come.
@@ -58,7 +57,6 @@ def draw_prompt(
     unwanted = [] if without is None else parse_prompt(without, objects, "--without")
     drawing = plan(bench, names, seed, sampling, unwanted)
     images = draw_strip(bench, sampling, names, seed, unwanted)
-    folder = folder.with_name(f"{folder.name}-{settings_key(0, bench, sampling)}")
     path = folder / f"{drawing.name}.png"
     if processes.is_main():
         save_image(images[-1], path)
@@ -100,7 +98,6 @@ def draw_addition(
         print(f"the picture shows: {', '.join(shows)} ({who})")
     new = parse_prompt(added, bench.checkpoint.objects, "--add")
     drawn = add(bench, sampling, picture, image, shows, new, seed)
-    folder = folder.with_name(f"{folder.name}-{settings_key(0, bench, sampling)}")
     path = folder / f"{drawn.name}.png"
     if processes.is_main():
         disc = drawn.free.expand(3, -1, -1) * 2 - 1

@@ -64,7 +64,7 @@ def load_reference(paths: DataPaths, judge: Evaluator) -> Reference:
         paths.data_dir, paths.image_dir, "train", IMAGE_SIZE, paths.cache_dir, paths.follow_links
     )
     key = hashlib.sha256(f"{data.cache.name} {judge.blob}".encode()).hexdigest()
-    return Reference(data.images, data.labels, judge, key, Path(data.cache).parent)
+    return Reference(data.images, data.labels, judge, key, data.cache.parent)
 
 
 def draw_conditions(reference: Reference, count: int, seed: int) -> Tensor:

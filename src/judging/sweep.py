@@ -6,14 +6,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from iclevr.labels import RESERVED
 from judging.bench import Draws
 from judging.figures import panels, plot_intervals, split_color
 from judging.intervals import Interval, mean_interval
 from judging.metrics import COUNTS, SHARES, split_means, summarise
 from runtime.settings import to_dict
-
-NO_SPLITS = "mean", "frechet_distance"
-"""Entries of a row that are not the figures of a split."""
 
 
 def indistinguishable(values: dict[float, np.ndarray], best: float) -> list[float] | None:
@@ -73,7 +71,7 @@ def intervals(row: dict[str, Any], figure: str) -> dict[str, dict[str, float | N
     """Column -> a row's interval of a figure: of each split and their mean, or of all pictures."""
     if figure == "frechet_distance":
         return {"all": row[figure]}
-    splits = [name for name in row if isinstance(row[name], dict) and name not in NO_SPLITS]
+    splits = [name for name in row if name not in RESERVED]
     return {column: row[column][figure] for column in (*splits, "mean") if figure in row[column]}
 
 

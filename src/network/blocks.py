@@ -1,10 +1,17 @@
 """The blocks of the U-Net: residual, down, mid and up, with and without attention."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from network.layers import Downsample2D, SelfAttention2D, Upsample2D
+
+MakeResBlock = Callable[[int, int], "ResBlock2D"]
+"""From channels in and out; all else is the same throughout a network."""
+MakeAttention = Callable[[int], SelfAttention2D]
+"""From channels."""
 
 
 class ResBlock2D(nn.Module):
@@ -63,28 +70,18 @@ class DownBlock2D(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        temb_channels: int,
-        num_layers: int = 2,
-        add_downsample: bool = True,
-        attention_head_dim: int | None = 8,
-        groups: int = 32,
-        eps: float = 1e-5,
-        dropout: float = 0.0,
-        time_scale_shift: bool = False,
+        num_layers: int,
+        add_downsample: bool,
+        res_block: MakeResBlock,
+        attention: MakeAttention,
     ):
         super().__init__()
         if self.has_attention:
-            self.attentions = nn.ModuleList(
-                SelfAttention2D(out_channels, attention_head_dim, groups, eps)
-                for _ in range(num_layers)
-            )
+            self.attentions = nn.ModuleList(attention(out_channels) for _ in range(num_layers))
         self.resnets = nn.ModuleList(
-            ResBlock2D(
-                in_channels if i == 0 else out_channels,
-                out_channels, temb_channels, groups, eps, dropout, time_scale_shift,
-            )
+            res_block(in_channels if i == 0 else out_channels, out_channels)
             for i in range(num_layers)
-        )  # fmt: skip
+        )
         self.downsamplers = nn.ModuleList([Downsample2D(out_channels)]) if add_downsample else None
 
     def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -124,31 +121,19 @@ class UpBlock2D(nn.Module):
         in_channels: int,
         prev_output_channel: int,
         out_channels: int,
-        temb_channels: int,
-        num_layers: int = 3,
-        add_upsample: str | None = "after",
-        attention_head_dim: int | None = 8,
-        groups: int = 32,
-        eps: float = 1e-5,
-        dropout: float = 0.0,
-        time_scale_shift: bool = False,
+        num_layers: int,
+        add_upsample: str | None,
+        res_block: MakeResBlock,
+        attention: MakeAttention,
     ):
         super().__init__()
         if self.has_attention:
-            self.attentions = nn.ModuleList(
-                SelfAttention2D(out_channels, attention_head_dim, groups, eps)
-                for _ in range(num_layers)
-            )
+            self.attentions = nn.ModuleList(attention(out_channels) for _ in range(num_layers))
         self.resnets = nn.ModuleList()
         for i in range(num_layers):
             channels = prev_output_channel if i == 0 else out_channels
             skip_channels = in_channels if i == num_layers - 1 else out_channels
-            self.resnets.append(
-                ResBlock2D(
-                    channels + skip_channels, out_channels, temb_channels, groups, eps, dropout,
-                    time_scale_shift,
-                )
-            )  # fmt: skip
+            self.resnets.append(res_block(channels + skip_channels, out_channels))
         self.add_upsample = add_upsample
         channels = prev_output_channel if add_upsample == "before" else out_channels
         self.upsamplers = nn.ModuleList([Upsample2D(channels)]) if add_upsample else None
@@ -175,25 +160,10 @@ class AttnUpBlock2D(UpBlock2D):
 class UNetMidBlock2D(nn.Module):
     """ResBlock, self-attention, ResBlock at the coarsest resolution."""
 
-    def __init__(
-        self,
-        channels: int,
-        temb_channels: int,
-        attention_head_dim: int | None = 8,
-        groups: int = 32,
-        eps: float = 1e-5,
-        dropout: float = 0.0,
-        time_scale_shift: bool = False,
-        attn_groups: int | None = 32,
-    ):
+    def __init__(self, channels: int, res_block: MakeResBlock, attention: MakeAttention):
         super().__init__()
-        self.attentions = nn.ModuleList(
-            [SelfAttention2D(channels, attention_head_dim, attn_groups, eps)]
-        )
-        self.resnets = nn.ModuleList(
-            ResBlock2D(channels, channels, temb_channels, groups, eps, dropout, time_scale_shift)
-            for _ in range(2)
-        )
+        self.attentions = nn.ModuleList([attention(channels)])
+        self.resnets = nn.ModuleList(res_block(channels, channels) for _ in range(2))
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         x = self.resnets[0](x, temb)

@@ -21,12 +21,7 @@ PRETRAINED = ROOT / "data" / "standin" / "model.pth"
 
 
 class DamagedFileError(UserError):
-    """A file that is not whole, that the disk can't give back, or that never was of this kind.
-
-    Args:
-        what: file and fault.
-        remedy: what to do about it.
-    """
+    """A file that is not whole, that the disk can't give back, or that never was of this kind."""
 
     def __init__(self, what: str, remedy: str):
         super().__init__(f"{what}; {remedy}")
@@ -89,15 +84,14 @@ def damaged_part(path: Path) -> str | None:
         return file.testzip()
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of src/train.py.
 
     Raises:
         UserError: missing, damaged, or not such a file.
     """
     remedy = "name a file of src/train.py, output/<run>/checkpoints/model_epoch_N.pth"
-    content = read_tensors(path, remedy, device)
-    return check_content(content, path, remedy)
+    return check_content(read_tensors(path, remedy), path, remedy)
 
 
 def check_content(content: dict[str, Any], path: Path, remedy: str) -> Checkpoint:
@@ -156,17 +150,16 @@ def load_weights(
         raise UserError(f"{path}: its weights are not those of {what} ({why})") from None
 
 
-def read_tensors(path: Path, remedy: str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a dict saved by torch; no code in the file is run (`weights_only=True`).
+def read_tensors(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a dict saved by torch, to the CPU; no code in the file is run (`weights_only=True`).
 
     Raises:
         UserError: missing, damaged, in need of running code, or no dict; ends with `remedy`.
     """
-    path = Path(path)
     try:
         if path.is_file() and (damaged := damaged_part(path)):
             raise DamagedFileError(f"{path}: damaged ({damaged} misses its checksum)", remedy)
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """The conditional network: class-embedding MLP and U-Net, and its table of stages."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
@@ -142,18 +142,10 @@ def stages(config: ModelConfig) -> tuple[list[tuple[str, tuple, tuple]], int, in
     """
     rows: list[tuple[str, tuple, tuple]] = []
 
-    def record(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-            out = output[0] if isinstance(output, tuple) else output
-            rows.append(
-                (
-                    f"{name} {type(module).__name__}",
-                    tuple(inputs[0].shape[1:]),
-                    tuple(out.shape[1:]),
-                )
-            )
-
-        return hook
+    def record(name: str, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        out = output[0] if isinstance(output, tuple) else output
+        shapes = tuple(inputs[0].shape[1:]), tuple(out.shape[1:])
+        rows.append((f"{name} {type(module).__name__}", *shapes))
 
     with torch.device("meta"):
         model = DiffusionModel(config).eval()
@@ -165,7 +157,7 @@ def stages(config: ModelConfig) -> tuple[list[tuple[str, tuple, tuple]], int, in
             *((f"up {i}", block) for i, block in enumerate(unet.up_blocks)),
             ("conv_out", unet.conv_out),
         ):
-            module.register_forward_hook(record(name))
+            module.register_forward_hook(functools.partial(record, name))
         x = torch.empty(1, 3, config.image_size, config.image_size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(x, torch.empty(1), torch.empty(1, config.num_classes))

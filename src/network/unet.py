@@ -7,6 +7,7 @@ up. Argument and parameter names are diffusers', so that `state_dict()`s go both
 Shapes: N pictures, C channels, H x W pixels, D embedding channels.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from network.blocks import DOWN_BLOCKS, UP_BLOCKS, UNetMidBlock2D
+from network.blocks import DOWN_BLOCKS, UP_BLOCKS, ResBlock2D, UNetMidBlock2D
+from network.layers import SelfAttention2D
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -74,7 +76,7 @@ class UNet2DModel(nn.Module):
 
     def __init__(
         self,
-        sample_size: int | None = None,
+        sample_size: int,
         in_channels: int = 3,
         out_channels: int = 3,
         down_block_types: Sequence[str] = ("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
@@ -105,29 +107,22 @@ class UNet2DModel(nn.Module):
                     f"block_out_channels {channels} is not a multiple of "
                     f"norm_num_groups {norm_num_groups}"
                 )
-        if class_embed_type not in (None, "identity"):
-            raise ValueError(f"class_embed_type {class_embed_type!r}: use 'identity' or None")
-        if resnet_time_scale_shift not in ("default", "scale_shift"):
-            raise ValueError(
-                f"resnet_time_scale_shift {resnet_time_scale_shift!r}: "
-                "use 'default' or 'scale_shift'"
-            )
         halvings = levels if halve_every_block else levels - 1
-        if sample_size is not None and sample_size % 2**halvings:
+        if sample_size % 2**halvings:
             raise ValueError(
                 f"sample_size {sample_size} can't be halved {halvings} times: "
                 f"use a multiple of {2**halvings} or fewer block_out_channels"
             )
         self.class_embed_type = class_embed_type
         self.time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
-        common = dict(
-            temb_channels=self.time_embed_dim,
-            attention_head_dim=attention_head_dim,
-            groups=norm_num_groups,
-            eps=norm_eps,
-            dropout=dropout,
-            time_scale_shift=resnet_time_scale_shift == "scale_shift",
+        res_block = functools.partial(
+            ResBlock2D, temb_channels=self.time_embed_dim, groups=norm_num_groups, eps=norm_eps,
+            dropout=dropout, time_scale_shift=resnet_time_scale_shift == "scale_shift",
+        )  # fmt: skip
+        attention = functools.partial(
+            SelfAttention2D, head_dim=attention_head_dim, groups=norm_num_groups, eps=norm_eps
         )
+        common = {"res_block": res_block, "attention": attention}
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
         self.time_embedding = TimestepEmbedding(block_out_channels[0], self.time_embed_dim)
 
@@ -147,7 +142,8 @@ class UNet2DModel(nn.Module):
 
         if attn_norm_num_groups is None and resnet_time_scale_shift == "default":
             attn_norm_num_groups = norm_num_groups
-        self.mid_block = UNetMidBlock2D(channels, attn_groups=attn_norm_num_groups, **common)
+        attention = functools.partial(attention, groups=attn_norm_num_groups)
+        self.mid_block = UNetMidBlock2D(channels, res_block, attention)
 
         self.up_blocks = nn.ModuleList()
         for i, name in enumerate(up_block_types):

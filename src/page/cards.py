@@ -1,6 +1,5 @@
 """Pictures as HTML: with what the judge sees in them, and the files to take away."""
 
-import base64
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from iclevr.dataset import resize
 from iclevr.portrait import portrait
 from judging.drawing import Judged, Picture, Shown, seen
 from judging.evaluator import Evaluation
-from judging.figures import to_image, to_png
+from judging.figures import data_uri, to_image, to_png
 from judging.insertion import Addition
 from runtime.settings import SamplingConfig, to_dict
 
@@ -30,10 +29,6 @@ FIELDS = {"scheduler": "sampler", "num_inference_steps": "steps", "guidance_scal
 """What the page calls the settings."""
 COMPOSITIONS = {"joint": "as one scene", "objects": "one by one", "both": "both ways"}
 """What it calls the ways of asking for objects."""
-
-
-def data_uri(content: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def portraits_css(objects: dict[str, int]) -> str:

@@ -1,12 +1,12 @@
 """The charts that the last test and sweep of a run have written."""
 
-import shlex
 from html import escape
 from pathlib import Path
 
 from judging.bench import Bench, BenchConfig
+from judging.figures import data_uri
 from network.checkpoint import PRETRAINED
-from page.cards import data_uri
+from runtime.command_line import command
 from runtime.settings import ROOT, DataConfig
 
 CHARTS = {
@@ -58,15 +58,13 @@ def last_results(
 ) -> tuple[str, str, str, str]:
     """Text and charts of the last test of the network's run, text and charts of its last sweep."""
     folder = output_dir / bench.run_name
-    flags = [] if ckpt_path.resolve() == PRETRAINED.resolve() else ["--ckpt_path", str(ckpt_path)]
-    flags += ["--data_dir", str(data.data_dir)] if data.data_dir else []
-    flags += ["--output_dir", str(output_dir)] if output_dir != BenchConfig.output_dir else []
-    more = f"{shlex.join(flags)} --scheduler dpmpp".strip()
-    test = last(
-        folder, "*/accuracies.json", "Last test", "figures.md", f"python src/test.py {more}"
-    )
+    flags = [] if ckpt_path.resolve() == PRETRAINED.resolve() else ["--ckpt_path", ckpt_path]
+    flags += ["--data_dir", data.data_dir] if data.data_dir else []
+    flags += ["--output_dir", output_dir] if output_dir != BenchConfig.output_dir else []
+    flags += ["--scheduler", "dpmpp"]
+    test = last(folder, "*/accuracies.json", "Last test", "figures.md", command("test", *flags))
     sweep = last(
         folder, "guidance_scale/*/sweep.json", "Last sweep of the guidance scale", "sweep.md",
-        f"python src/guidance_scale.py {more}",
+        command("guidance_scale", *flags),
     )  # fmt: skip
     return *test, *sweep

@@ -1,8 +1,6 @@
 """What there is of a run: its settings, log and previews."""
 
 import contextlib
-import json
-import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +11,9 @@ from network.checkpoint import load_checkpoint
 from network.model import stages
 from reporting.pictures import grid_uri, is_number
 from reporting.results import Start
+from runtime.command_line import command
 from runtime.files import read_json
-from runtime.settings import ROOT, Settings, TrainConfig, UserError, from_dict
+from runtime.settings import Settings, TrainConfig, UserError, from_dict
 from training.history import History
 from training.recipes import RECIPES
 from training.run_folder import latest_checkpoint
@@ -50,7 +49,7 @@ class Run:
         """metrics.jsonl, but for damaged lines."""
         if self.folder is None:
             return []
-        lines = [json.loads(line) for _, line in History(self.folder / "metrics.jsonl").lines()]
+        lines = History(self.folder / "metrics.jsonl").records()
         return [line for line in lines if is_number(line["step"]) and is_number(line.get("epoch"))]
 
     def of_log(self, name: str) -> list[dict[str, Any]]:
@@ -86,15 +85,6 @@ def find_run(output_dir: Path, run_name: str, ckpt_path: Path | None, result_dir
     remedy = f"{train} trains it, --ckpt_path FILE takes the settings from a checkpoint"
     config = from_dict(TrainConfig, read_json(path, remedy), source=str(path))
     return Run(config, folder, latest_checkpoint(folder), result_dir)
-
-
-def command(script: str, *flags: object) -> str:
-    # As typed in the repository's folder: the file is handed on, and other folders are private.
-    short = [
-        flag.relative_to(ROOT) if isinstance(flag, Path) and flag.is_relative_to(ROOT) else flag
-        for flag in flags
-    ]
-    return shlex.join(["python", f"src/{script}.py", *map(str, short)])
 
 
 def commands(run: Run) -> dict[str, str]:

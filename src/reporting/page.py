@@ -11,7 +11,7 @@ from judging.figures import confusion_chart
 from judging.metrics import COUNTS
 from judging.sweep import sweep_chart
 from reporting.findings import Run, commands, training
-from reporting.pictures import data_uri, grid_uri, svg, tests_chart, training_chart
+from reporting.pictures import grid_uri, picture_uri, svg, tests_chart, training_chart
 from reporting.results import Sweep, Test, find_sweeps, find_tests
 from runtime.files import read_json
 
@@ -71,18 +71,15 @@ def page(run: Run, main: str | None, language: str) -> str:
 
 
 def same_conditions(a: Test, b: Test) -> bool:
-    """Whether two tests drew the same scenes; of older ones only the files' names are known."""
-    return [*a.figures] == [*b.figures] and (not a.asked or not b.asked or a.asked == b.asked)
+    """Whether two tests drew the same scenes."""
+    return [*a.figures] == [*b.figures] and a.asked == b.asked
 
 
 def pictures(test: Test) -> dict[str, Any]:
     """Of the test that is shown; None for those that are missing."""
-    confusion = None
-    if test.objects:
-        confusion = svg(confusion_chart(torch.tensor(test.confusion), test.objects, ""))
     return {
         "scenes": {split: scenes(test, split) for split in test.figures},
-        "confusion": confusion,
+        "confusion": svg(confusion_chart(torch.tensor(test.confusion), test.objects, "")),
         "denoising": grid_uri(test.folder / "denoising.png"),
         "nearest": grid_uri(test.folder / "nearest.png"),
     }
@@ -94,12 +91,11 @@ def scenes(test: Test, split: str) -> list[dict[str, Any]]:
     Of older tests it is not known what was seen.
     """
     exact = test.records[split][0]["exact"]
-    unknown = {split: [None] * len(exact)}
-    asked, seen = ((names or unknown)[split] for names in (test.asked, test.seen))
+    seen = test.seen[split] if test.seen else [None] * len(exact)
     return [
         {
-            "image": data_uri(test.folder / "images" / split / f"{i}.png"),
-            "asked": asked[i],
+            "image": picture_uri(test.folder / "images" / split / f"{i}.png"),
+            "asked": test.asked[split][i],
             "seen": seen[i],
             "right": bool(right),
         }

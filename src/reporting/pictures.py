@@ -1,6 +1,5 @@
 """Pictures and charts as data URIs, which a page holds in itself."""
 
-import base64
 import io
 import math
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from judging.figures import PADDING, SIDE, split_color
+from judging.figures import PADDING, SIDE, data_uri, split_color, to_png
 from judging.metrics import SHARES
 from reporting.results import Test
 
@@ -25,18 +24,14 @@ DAMAGED = (OSError, ValueError, SyntaxError)
 """What Pillow raises of damaged files."""
 
 
-def uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def data_uri(path: Path) -> str | None:
+def picture_uri(path: Path) -> str | None:
     """A PNG; None if it is not there or damaged."""
     try:
         content = path.read_bytes()
         Image.open(io.BytesIO(content)).load()
     except DAMAGED:
         return None
-    return uri(content, "png")
+    return data_uri(content)
 
 
 def grid_uri(path: Path, rows: int | None = None) -> str | None:
@@ -50,9 +45,7 @@ def grid_uri(path: Path, rows: int | None = None) -> str | None:
             half = image.crop((0, 0, image.width, height)).resize((image.width // 2, height // 2))
     except DAMAGED:
         return None
-    content = io.BytesIO()
-    half.save(content, "png")
-    return uri(content.getvalue(), "png")
+    return data_uri(to_png(half))
 
 
 def svg(figure: plt.Figure) -> str:
@@ -61,7 +54,7 @@ def svg(figure: plt.Figure) -> str:
     with plt.rc_context({"svg.hashsalt": "report"}):  # the same chart is the same file
         figure.savefig(content, format="svg", metadata={"Date": None})
     plt.close(figure)
-    return uri(content.getvalue(), "svg+xml")
+    return data_uri(content.getvalue(), "image/svg+xml")
 
 
 def training_chart(log: Sequence[dict[str, Any]]) -> str | None:

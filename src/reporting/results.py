@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,14 +41,14 @@ class Start(MadeBy):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What accuracies.json and sweep.json have in common; None: not noted by older versions."""
+    """What accuracies.json and sweep.json have in common."""
 
     checkpoint: str
-    checkpoint_blob: str | None = None
-    step: int | None = None
+    checkpoint_blob: str
+    step: int
     judge: str
     sampling: SamplerConfig
-    made_by: list[MadeBy] = field(default_factory=list)
+    made_by: list[MadeBy]
     folder: Path = Path()
     current: bool = False
     """Whether it is of the run's latest checkpoint."""
@@ -66,18 +66,17 @@ class OtherJudge:
 class Test(Result):
     """accuracies.json."""
 
-    __test__ = False  # not a test case, whatever pytest thinks of the name
-
     sampling: SamplingConfig
-    evaluations: float | None = None
+    evaluations: float
     seed: int
     num_seeds: int
     figures: dict[str, dict[str, Interval]]
     records: dict[str, list[dict[str, list[int]]]]
     confusion: list[list[int]]
-    objects: list[str] | None = None
-    asked: dict[str, list[list[str]]] | None = None
+    objects: list[str]
+    asked: dict[str, list[list[str]]]
     seen: dict[str, list[list[str]]] | None = None
+    """None: not noted by older versions."""
     num_fd_samples: int = 0
     frechet_distance: Interval | None = None
     frechet_distance_of_training_pictures: Interval | None = None
@@ -136,7 +135,7 @@ def read_results(
             why = str(error) if isinstance(error, UserError) else f"{path}: lacks {error}"
             print(f"warning: left out: {why[:300]}", file=sys.stderr)
             continue
-        current = blob is not None and result.checkpoint_blob == blob
+        current = result.checkpoint_blob == blob
         guided = bool(result.sampling.classifier_guidance_scale)
         rank = (current, not guided, len(result.seeds), path.stat().st_mtime, path)
         found[rank] = replace(result, folder=path.parent, current=current)

@@ -24,6 +24,8 @@ from runtime.errors import UserError
 from runtime.output import outlast_readers
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
+"""Folder of the repository: default paths hang on it, so that commands work from any folder."""
 
 
 class Settings:
@@ -80,10 +82,8 @@ def spelled_out(cls: type, argv: Sequence[str]) -> list[str]:
         if not flag.startswith("--") or plain not in known:
             result.append(flag + equals + value)
             continue
-        if not equals and rest and rest[0].lower() in words:
-            value = rest.pop(0)
-        elif not equals:
-            value = "true"
+        if not equals:
+            value = rest.pop(0) if rest and rest[0].lower() in words else "true"
         if value.lower() not in words:
             raise UserError(f"{flag} {value!r}: use {flag} True or {flag} False")
         on = words[value.lower()] == (name == plain)
@@ -113,15 +113,6 @@ def with_paths(config: T, change: Callable[[Path], Path]) -> T:
         elif isinstance(value, tuple) and any(isinstance(part, Path) for part in value):
             changed[name] = tuple(map(change, value))
     return replace(config, **changed)
-
-
-def read_back(config: T, source: str) -> T:
-    """Settings as a reader of the file that holds them will get them.
-
-    Raises:
-        UserError: it would refuse them; `source` and what is wrong.
-    """
-    return from_dict(type(config), to_dict(config), source)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -172,6 +163,15 @@ def run(main: Callable[[], Any], if_stopped: str = "stopped") -> None:
         sys.exit(130)
     finally:
         processes.leave()
+
+
+def command(script: str, *flags: Any) -> str:
+    """What to type in the repository's folder; a report that is handed on tells no other one."""
+    short = [
+        flag.relative_to(ROOT) if isinstance(flag, Path) and flag.is_relative_to(ROOT) else flag
+        for flag in flags
+    ]
+    return as_typed(["python", f"src/{script}.py", *short])
 
 
 def as_typed(argv: Sequence[Any]) -> str:

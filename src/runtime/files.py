@@ -31,7 +31,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder can't be written to, or the disk is full.
     """
-    path = Path(path)
     # The suffix stays last: writers such as Pillow choose the format by it.
     temporary = path.with_name(f".tmp-{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     missing = [folder for folder in path.parents if not os.path.exists(folder)]
@@ -68,11 +67,7 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add to the end of a text file, which a kill may leave with part of it.
-
-    Raises:
-        UserError: it can't be written.
-    """
+    """Add to the end of a text file, which a kill may leave with part of it."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
@@ -80,26 +75,30 @@ def append(path: Path, text: str) -> None:
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
 
 
+def read_lines(path: Path) -> Iterator[Any]:
+    """The values in a file of JSON lines, but for lines that a kill or a full disk has cut short.
+
+    No file: none.
+    """
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def make_folder(path: Path, flag: str = "--output_dir") -> None:
     """Make a folder where there is none, before work starts whose results it is to hold.
 
     Args:
         flag: which one names another.
-
-    Raises:
-        UserError: it can't be made or written to.
     """
     with _name_another(path, flag):
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
 
 
 def check_folder(path: Path, flag: str = "--output_dir") -> None:
-    """Find out whether `make_folder` would succeed, without making anything.
-
-    Raises:
-        UserError: what there is of the path can't be written to.
-    """
+    """Refuse what `make_folder` would fail with, without making anything."""
     with _name_another(path, flag):
         there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         tempfile.TemporaryFile(dir=there).close()
@@ -118,7 +117,7 @@ def _name_another(path: Path, flag: str) -> Iterator[None]:
 
 def remove_left_overs(folder: Path, older_than_s: float = 0) -> None:
     """Delete temporary files of `atomic_write` in a folder, of writes that a kill has cut short."""
-    for path in Path(folder).glob(".tmp-*"):
+    for path in folder.glob(".tmp-*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older_than_s:
                 path.unlink()
@@ -168,7 +167,6 @@ def read_json(path: Path, remedy: str = "check the path") -> Any:
     Raises:
         UserError: the file is missing, unreadable or not JSON; ends with `remedy`.
     """
-    path = Path(path)
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:

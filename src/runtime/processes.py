@@ -35,11 +35,7 @@ MEET_WITHIN = timedelta(minutes=10)
 
 
 def check_launcher() -> None:
-    """The launcher's variables make sense.
-
-    Raises:
-        UserError: they don't; names the variable.
-    """
+    """Refuse launcher's variables that make no sense; the message names the variable."""
     size = os.environ.get("WORLD_SIZE") or "1"
     if not size.isdecimal() or size == "0":
         raise UserError(f"WORLD_SIZE={size}: not a number of processes; {REMEDY}")
@@ -55,11 +51,7 @@ def check_launcher() -> None:
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, if the launcher has started any; once, before any of the below.
-
-    Raises:
-        UserError: they can't be met.
-    """
+    """Meet the other processes, if the launcher has started any; once, before any of the below."""
     if world_size() > 1 and not dist.is_initialized():
         # gloo for what lies on the CPU: agreements, and pictures that are gathered.
         nccl = device.type == "cuda" and dist.is_nccl_available()  # which Windows has not

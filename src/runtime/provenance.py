@@ -1,7 +1,6 @@
 """Where a result comes from: the command, the versions and the machine, written beside it."""
 
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from runtime import processes
+from runtime.command_line import command
 from runtime.settings import ROOT
 
 
@@ -24,7 +24,7 @@ def provenance(script: str, argv: Sequence[str] | None, device: torch.device) ->
     """
     flags = sys.argv[1:] if argv is None else argv
     return {
-        "command": shlex.join(["python", f"src/{Path(script).name}", *flags]),
+        "command": command(Path(script).stem, *flags),
         "commit": commit(),
         "processes": processes.world_size(),
         "diffusers": version("diffusers"),

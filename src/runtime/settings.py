@@ -13,22 +13,19 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from runtime.command_line import (
+    ROOT,
     Settings,
     UserError,
     from_dict,
     parse_args,
-    read_back,
     run,
     to_dict,
     with_paths,
 )
 
 __all__ = [
-    "Settings", "UserError", "from_dict", "parse_args", "read_back", "run", "to_dict", "with_paths",
+    "ROOT", "Settings", "UserError", "from_dict", "parse_args", "run", "to_dict", "with_paths",
 ]  # fmt: skip
-
-ROOT = Path(__file__).resolve().parents[2]
-"""Folder of the repository: default paths hang on it, so that commands work from any folder."""
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 Channels = Annotated[int, Field(ge=1, le=2**14)]

@@ -25,10 +25,6 @@ LAYERS = {"layer2": (8, 128), "layer3": (4, 256)}
 class Alignment(nn.Module):
     """1 - cosine between a head's view of the network's features and the teacher's.
 
-    Args:
-        teacher: an evaluator that was trained on the training pictures.
-        config: the network's settings.
-
     Raises:
         UserError: the network has no features of the teacher's sides, 8 and 4.
     """

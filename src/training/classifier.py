@@ -103,10 +103,7 @@ def fit(
     labels = dataset.labels[train].to(device)
     torch.manual_seed(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
-    model = build_evaluator(labels.shape[1])
-    if config.init_from:
-        model.load_state_dict(load_evaluator(config.init_from, dataset.objects).model.state_dict())
-    model = model.to(device, memory_format=torch.channels_last)
+    model = first_model(config, dataset).to(device, memory_format=torch.channels_last)
     sigmoid, model.fc[1] = model.fc[1], nn.Identity()  # the loss takes logits
     batch_size = min(config.batch_size, len(train))
     epoch_steps = len(train) // batch_size
@@ -139,9 +136,7 @@ def fit(
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             stopped = stop.agreed()
             if stopped or time.monotonic() > saved + SAVE_EACH_S:
-                state = {name: part.state_dict() for name, part in parts.items()} | {"of": of}
-                state |= {"step": step, "order": order, "generator": generator.get_state()}
-                save_tensors(unfinished, state)
+                keep(unfinished, parts, generator, of, step, order)
                 saved = time.monotonic()
             if stopped:
                 break
@@ -152,10 +147,28 @@ def fit(
     return model.eval().requires_grad_(False)
 
 
+def first_model(config: EvaluatorConfig, dataset: IclevrDataset) -> nn.Module:
+    """With PyTorch's weights, or those of --init_from."""
+    model = build_evaluator(len(dataset.objects))
+    if config.init_from:
+        model.load_state_dict(load_evaluator(config.init_from, dataset.objects).model.state_dict())
+    return model
+
+
+def keep(
+    path: Path, parts: dict[str, Any], generator: torch.Generator, of: dict[str, Any], step: int,
+    order: Tensor,
+) -> None:  # fmt: skip
+    """Write what `resume` takes over."""
+    state = {name: part.state_dict() for name, part in parts.items()} | {"of": of}
+    state |= {"step": step, "order": order, "generator": generator.get_state()}
+    save_tensors(path, state)
+
+
 def resume(
     path: Path, parts: dict[str, Any], generator: torch.Generator, of: dict[str, Any]
 ) -> tuple[int, Tensor]:
-    """Take over what `fit` has saved: the number of steps done, and the epoch's order.
+    """Take over what `keep` has written: the number of steps done, and the epoch's order.
 
     Raises:
         UserError: the file is damaged, or of other pictures or settings.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from network.checkpoint import load_checkpoint
-from runtime.settings import Settings, TrainConfig, UserError, parse_args, read_back
+from runtime.settings import Settings, TrainConfig, UserError, from_dict, parse_args, to_dict
 from training.recipes import RECIPES
 from training.run_folder import (
     Source,
@@ -63,7 +63,7 @@ def read_config(argv: Sequence[str] | None) -> tuple[TrainConfig, Source | None]
         )
     if config.resume:
         print(f"--resume auto: no checkpoint in {config.run_dir}: starting afresh")
-    return read_back(replace(config, resume=None), "settings"), source
+    return replace(config, resume=None), source
 
 
 def of_trial(default: TrainConfig) -> TrainConfig:
@@ -102,7 +102,7 @@ def go_on(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, Source
     check_there(config, checkpoint.config, path)
     # Where the checkpoint lies now: its folder may have been moved, copied or renamed.
     config = replace(config, output_dir=run_dir.parent, run_name=run_dir.name)
-    return read_back(config, flag), source
+    return from_dict(TrainConfig, to_dict(config), flag), source  # as a reader will get it
 
 
 def run_of(file: Path, flag: str) -> Path:
@@ -142,11 +142,7 @@ def on_this_machine(stored: TrainConfig) -> TrainConfig:
 
 
 def check_there(config: TrainConfig, stored: TrainConfig, path: Path) -> None:
-    """The files and folders that are taken from the checkpoint `path` are there.
-
-    Raises:
-        UserError: one is not; says which flag names another.
-    """
+    """Refuse files and folders that are taken from the checkpoint `path` and are not there."""
     taken, before = (
         vars(settings.data)
         | {"align_to": settings.align_to, "reward_model": settings.reward.reward_model}
@@ -163,11 +159,7 @@ def check_there(config: TrainConfig, stored: TrainConfig, path: Path) -> None:
 def check_unchanged(
     config: Settings, stored: Settings, path: Path, remedy: str, free: Collection[str] = ()
 ) -> None:
-    """Settings equal those stored in the checkpoint `path`, but for the ones named in `free`.
-
-    Raises:
-        UserError: one differs; ends with `remedy`.
-    """
+    """Refuse settings that differ from those in the checkpoint `path`, but for those in `free`."""
     for name, value in vars(stored).items():
         given = getattr(config, name)
         if isinstance(given, Path):  # stored as absolute

@@ -40,11 +40,6 @@ class Reward:
     """Pictures being drawn, and what a classifier thinks of them.
 
     Of several processes each draws its share; the pictures are the same, but for rounding.
-
-    Args:
-        guide: the classifier.
-        config: the training's settings.
-        device: the network's.
     """
 
     def __init__(self, guide: Guide, config: TrainConfig, device: torch.device):
@@ -80,7 +75,6 @@ class Reward:
         """Take every picture one step further.
 
         Args:
-            model:  the network
             labels: (n, K) multi-hot on the CPU, of the training batch: a picture that begins takes
                 one of them
             step:   the training step

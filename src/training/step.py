@@ -157,6 +157,21 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
     return torch.Generator(device).manual_seed(value)
 
 
+def draw_randomness(
+    config: TrainConfig, step: int, count: int, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is random in a step, of the whole batch: t (count,), eps (count, 3, H, W) such as
+    `like`, and which conditions are kept (count, 1), 1 or 0."""
+    generator = step_generator(config.seed, step, like.device)
+    t = draw_timesteps(
+        count, config.noise.num_train_timesteps, config.timestep_power,
+        config.stratified_timesteps, generator,
+    )  # fmt: skip
+    eps = torch.randn(count, *like.shape[1:], device=like.device, generator=generator)
+    all_kept = torch.ones(count, 1, device=like.device)
+    return t, eps, drop_labels(all_kept, config.cfg_dropout_prob, generator)
+
+
 def train_step(
     state: TrainState,
     config: TrainConfig,
@@ -181,13 +196,7 @@ def train_step(
         and the norm of the whole batch's gradient.
     """
     device, count = x_0.device, count or len(x_0)
-    generator = step_generator(config.seed, state.step, device)
-    t = draw_timesteps(
-        count, config.noise.num_train_timesteps, config.timestep_power,
-        config.stratified_timesteps, generator,
-    )  # fmt: skip
-    eps = torch.randn(count, *x_0.shape[1:], device=device, generator=generator)
-    kept = drop_labels(torch.ones(count, 1, device=device), config.cfg_dropout_prob, generator)
+    t, eps, kept = draw_randomness(config, state.step, count, x_0)
     mine = processes.shard(count)
     asked = processes.gather(labels.cpu(), count) if state.reward else None  # of all processes
     images, labels, t, eps = x_0, labels * kept[mine], t[mine], eps[mine]
