@@ -144,6 +144,7 @@ def test_an_interrupted_test_goes_on(trained, tmp_path, monkeypatch):
         (tmp_path / "j" / name).mkdir()
         torch.save(judge | {"threshold": value}, tmp_path / "j" / name / "evaluator.pth")
         test.main([*argv, "--output_dir", str(tmp_path), "--image_dir", str(tmp_path / "none"),
+                   "--num_fd_samples", "0",
                    "--evaluator", str(tmp_path / "j" / name / "evaluator.pth")])  # fmt: skip
     assert drawn[4:] == [0, 1, 2] * 2
 
