@@ -105,11 +105,17 @@ def add_objects(
 ) -> tuple[Tensor, Tensor]:
     """Draw what is in `after` but not in `before` into pictures; the rest of them stays.
 
-    Arguments are those of `find_places` and `sample`; with `resample` above 1 the new object fits
-    in better.
+    Args:
+        images: (N, 3, S, S) in [-1, 1].
+        before, after: (N, K) multi-hot, what the pictures show and what they shall show.
+        seeds: N seeds.
+        sampling, guide: as of `sample`; with `resample` above 1 the new object fits in better.
 
     Returns:
         pictures (N, 3, S, S) in [-1, 1] and the discs that were drawn anew (N, 1, S, S), on the CPU
+
+    Raises:
+        UserError: no place is free in one of them.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -47,8 +47,9 @@ class Inpainting:
             alpha_bar: alphas_cumprod at the noise level of x_t; 1 for pictures without noise.
             z: (N, 3, S, S) standard normal noise.
         """
-        around = alpha_bar.sqrt() * self.x_0 + (1 - alpha_bar).sqrt() * z
-        return self.free * x_t + (1 - self.free) * around
+        alpha_bar, free = alpha_bar.to(x_t.device), self.free.to(x_t.device)
+        around = alpha_bar.sqrt() * self.x_0.to(x_t.device) + (1 - alpha_bar).sqrt() * z
+        return free * x_t + (1 - free) * around
 
 
 def step_repeats(noise: SchedulerConfig, config: SamplerConfig, t: Tensor | int) -> int:
@@ -158,11 +159,15 @@ def sample(
 
     Args:
         model: the network, on its device; put into eval mode.
+        noise: the schedule the network was trained with.
         labels: (N, K) multi-hot conditions, -1 for objects that must not come.
         seeds: N seeds.
+        config: scheduler, steps, guidance scale, batch size, number format.
         num_intermediates: pictures to keep on the way, evenly spaced, noise and result included;
             more than there are steps repeat some.
+        progress: show a progress bar.
         guide: whose gradient is followed if config.classifier_guidance_scale is not 0.
+        inpainting: draw only a part of each picture.
 
     Returns:
         pictures (N, 3, S, S) float32 in [-1, 1] on the CPU, and the kept x_t
@@ -201,6 +206,10 @@ def sample_steps(
     if config.best_of > 1:
         more = num_intermediates, progress, guide
         return (yield from best_of(model, noise, labels, seeds, config, inpainting, *more))
+    if config.classifier_guidance_scale and guide is None:
+        raise ValueError("classifier_guidance_scale needs a guide")
+    if len(labels) != len(seeds):
+        raise ValueError(f"{len(labels)} labels but {len(seeds)} seeds")
     model.eval()
     device, size = next(model.parameters()).device, model.image_size
     steps = check_steps(noise, config)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from iclevr.image_cache import load_images
 from iclevr.labels import (
     HOW_TO_GET_DATA,
+    SPLITS,
     condition_files,
     read_conditions,
     read_objects,
@@ -153,9 +154,14 @@ class IclevrDataset(Dataset):
     item `index` is a label; there are no pictures.
 
     Args:
-        image_dir: may be None for the test modes.
+        data_dir: folder of the JSON files.
+        image_dir: folder of the training pictures; may be None for the test modes.
         image_size: S, side in pixels.
-        cache_dir: None: .cache/ in `data_dir`.
+        cache_dir: folder of the decoded pictures; None: .cache/ in `data_dir`.
+        follow_links: take pictures that are links out of their folder.
+
+    Raises:
+        UserError: files missing or malformed, see the functions above.
     """
 
     def __init__(
@@ -167,18 +173,21 @@ class IclevrDataset(Dataset):
         cache_dir: Path | None = None,
         follow_links: bool = False,
     ):
-        self.mode, self.data_dir = mode, data_dir
+        self.mode, self.data_dir = mode, Path(data_dir)
         self.objects = read_objects(self.data_dir)
         if mode == "train":
             cache_dir = cache_dir or self.data_dir / ".cache"
             with processes.main_first():
                 self.names, self.labels, self.cache = open_train(
-                    self.data_dir, image_dir, self.objects, image_size, cache_dir,
+                    self.data_dir, Path(image_dir), self.objects, image_size, Path(cache_dir),
                     follow_links,
                 )  # fmt: skip
             self.images = np.load(self.cache, mmap_mode="r")  # (N, 3, S, S) uint8
+        elif mode in SPLITS:
+            path = condition_files(data_dir)[mode]
+            self.conditions, self.labels = read_conditions(path, self.objects)
         else:
-            _, self.labels = read_conditions(condition_files(data_dir)[mode], self.objects)
+            raise ValueError(f"mode {mode!r}: use train, test or new_test")
 
     def __getstate__(self) -> dict:
         # A loader's worker opens the map itself; pickled, it would become a copy in memory.

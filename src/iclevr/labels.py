@@ -26,7 +26,7 @@ def read_objects(data_dir: Path) -> dict[str, int]:
     Raises:
         UserError: not a dict of names to distinct indices 0, 1, 2 ...
     """
-    path = data_dir / "objects.json"
+    path = Path(data_dir) / "objects.json"
     return check_objects(read_json(path, HOW_TO_GET_DATA), path)
 
 
@@ -109,7 +109,7 @@ def condition_files(data_dir: Path, conditions: Sequence[Path] | None = None) ->
     Raises:
         UserError: two of the same name, which also names their folder of pictures.
     """
-    files = {split: data_dir / f"{split}.json" for split in SPLITS}
+    files = {split: Path(data_dir) / f"{split}.json" for split in SPLITS}
     if not conditions:
         return files
     files = {}
@@ -142,7 +142,7 @@ def read_train(data_dir: Path, objects: dict[str, int]) -> tuple[list[str], Tens
     Raises:
         UserError: another shape, a name that leads out of the folder, or bad object names.
     """
-    path = data_dir / "train.json"
+    path = Path(data_dir) / "train.json"
     entries = read_json(path, HOW_TO_GET_DATA)
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: expected a non-empty dict of file name -> object names")

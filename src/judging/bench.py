@@ -307,14 +307,14 @@ def read_draws(path: Path) -> Draws:
     draws = {}
     for kept in read_lines(path):
         with contextlib.suppress(TypeError, KeyError):
-            draw = Draw(kept["records"], kept["frechet"], kept["more"], kept["made_by"])
+            draw = Draw(kept["records"], kept["frechet"], kept["more"], kept.get("made_by", {}))
             draws[kept["scale"], kept["seed"]] = draw
     return draws
 
 
 def origin(bench: Bench, draws: Iterable[Draw]) -> dict[str, Any]:
     """Which checkpoint and which commands a report's draws come from, JSON-able."""
-    made_by = [draw.made_by for draw in draws]
+    made_by = [draw.made_by for draw in draws if draw.made_by]
     return {
         "checkpoint_blob": bench.blob,
         "epoch": bench.checkpoint.epoch,

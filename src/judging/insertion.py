@@ -107,7 +107,11 @@ class Addition:
 
 
 def open_picture(path: Path, side: int) -> Tensor:
-    """(3, side, side) in [-1, 1], of a file."""
+    """(3, side, side) in [-1, 1], of a file.
+
+    Raises:
+        UserError: as `read_image`.
+    """
     return normalize(torch.from_numpy(read_image(path, side).copy()))
 
 

@@ -76,7 +76,7 @@ class UNet2DModel(nn.Module):
 
     def __init__(
         self,
-        sample_size: int,
+        sample_size: int | None = None,
         in_channels: int = 3,
         out_channels: int = 3,
         down_block_types: Sequence[str] = ("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
@@ -107,8 +107,15 @@ class UNet2DModel(nn.Module):
                     f"block_out_channels {channels} is not a multiple of "
                     f"norm_num_groups {norm_num_groups}"
                 )
+        if class_embed_type not in (None, "identity"):
+            raise ValueError(f"class_embed_type {class_embed_type!r}: use 'identity' or None")
+        if resnet_time_scale_shift not in ("default", "scale_shift"):
+            raise ValueError(
+                f"resnet_time_scale_shift {resnet_time_scale_shift!r}: "
+                "use 'default' or 'scale_shift'"
+            )
         halvings = levels if halve_every_block else levels - 1
-        if sample_size % 2**halvings:
+        if sample_size is not None and sample_size % 2**halvings:
             raise ValueError(
                 f"sample_size {sample_size} can't be halved {halvings} times: "
                 f"use a multiple of {2**halvings} or fewer block_out_channels"

@@ -142,11 +142,13 @@ def lock_folder(folder: Path, remedy: str) -> FileLock:
             who = owner.read_text(encoding="utf-8")
         raise UserError(f"{folder}: {who} works here; {remedy}") from None
     except (OSError, NotImplementedError) as error:
-        number = getattr(error, "errno", errno.ENOSYS)
+        # filelock makes a NotImplementedError of ENOSYS.
+        number = error.errno if isinstance(error, OSError) else errno.ENOSYS
+        why = os.strerror(number) if number else str(error)
         if number not in UNSUPPORTED:
-            raise UserError(f"{path}: can't be locked: {os.strerror(number)}; {remedy}") from None
+            raise UserError(f"{path}: can't be locked: {why}; {remedy}") from None
         print(
-            f"warning: {folder}: can't be locked here ({os.strerror(number)}); see to it that no "
+            f"warning: {folder}: can't be locked here ({why}); see to it that no "
             "other process works in it", file=sys.stderr,
         )  # fmt: skip
         return lock

@@ -17,7 +17,7 @@ class History:
     def records(self) -> Iterator[dict[str, Any]]:
         """All of them, but for damaged lines."""
         for record in read_lines(self.path):
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
 
     def has_preview(self, step: int) -> bool:
