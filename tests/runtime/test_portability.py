@@ -195,6 +195,9 @@ def test_a_lock_of_another_user_ends_in_one_line(tmp_path, monkeypatch):
     assert str(caught.value) == words
     message = error_of(render_iclevr.main, ["--out_dir", tmp_path, "--num_sequences", 1])
     assert message.endswith("choose another --out_dir")
+    refuse_locks(monkeypatch, OSError("no number"))  # as some file systems in user space answer
+    with pytest.raises(UserError, match="can't be locked: no number; "):
+        lock_folder(tmp_path, "choose another --run_name")
 
 
 def test_the_owner_of_a_lock_need_not_be_readable(tmp_path):
