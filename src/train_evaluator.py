@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from iclevr.dataset import IclevrDataset, find_data
-from judging.evaluator import IMAGE_SIZE, Evaluator, git_blob_hash, load_evaluator
+from judging.evaluator import IMAGE_SIZE, Evaluation, Evaluator, git_blob_hash, load_evaluator
 from network.checkpoint import save_tensors
 from runtime.device import pick_device, warn_of_launcher
 from runtime.files import make_folder
@@ -76,30 +76,37 @@ def main(argv: list[str] | None = None) -> dict:
     model.load_state_dict(weights)
     judge = Evaluator(model, judge_name(config, paths.data_dir), out, dataset.objects)
     judge, found = calibrate_and_test(judge, dataset, held_out)
-    accuracy, exact = shares(found, found.total >= 0)
-    by_number = {n: shares(found, found.total == n) for n in found.total.unique().tolist() if n}
     settings = ("epochs", "batch_size", "lr", "weight_decay", "held_out", "seed")
     info = {
         "train_pictures": len(train),
-        "held_out_pictures": len(found.total),
-        "held_out_accuracy": vars(accuracy),
-        "held_out_exact_sets": vars(exact),
-        "held_out_by_number": {
-            n: {"accuracy": vars(a), "exact_sets": vars(e)} for n, (a, e) in by_number.items()
-        },
+        **report(judge, found),
         "settings": {key: getattr(config, key) for key in settings},
         "init_from": git_blob_hash(config.init_from) if config.init_from else None,
     }
     content = {"model": weights, "name": judge.name, "objects": dataset.objects}
     save_tensors(out, content | {"threshold": judge.threshold, "info": info})
     unfinished.unlink(missing_ok=True)
+    return info
+
+
+def report(judge: Evaluator, found: Evaluation) -> dict:
+    """Print what the judge finds in held-out pictures; returns it as its file has it."""
+    accuracy, exact = shares(found, found.total >= 0)
     print(
-        f"{out}: judge {judge.name}, threshold {judge.threshold:.3f}\n"
+        f"{judge.path}: judge {judge.name}, threshold {judge.threshold:.3f}\n"
         f"on {len(found.total)} held-out pictures: accuracy {accuracy}, exact sets {exact}"
     )
-    for n, (accuracy, exact) in by_number.items():
-        print(f"  with {n} object{'s' * (n > 1)}: accuracy {accuracy}, exact sets {exact}")
-    return info
+    by_number = {n: shares(found, found.total == n) for n in found.total.unique().tolist() if n}
+    for n, (a, e) in by_number.items():
+        print(f"  with {n} object{'s' * (n > 1)}: accuracy {a}, exact sets {e}")
+    return {
+        "held_out_pictures": len(found.total),
+        "held_out_accuracy": vars(accuracy),
+        "held_out_exact_sets": vars(exact),
+        "held_out_by_number": {
+            n: {"accuracy": vars(a), "exact_sets": vars(e)} for n, (a, e) in by_number.items()
+        },
+    }
 
 
 if __name__ == "__main__":

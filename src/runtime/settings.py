@@ -232,6 +232,11 @@ class RewardConfig(Settings):
     """DDPM steps of such a picture; each takes one training step."""
     reward_guidance_scale: Annotated[float, Field(ge=-100, le=100)] = 3.0
     """Guidance scale of such a picture."""
+    reward_interval: TimeInterval = (0.0, 1.0)
+    """The classifier is asked only where t / T lies in here."""
+    reward_retry: Probability = 0.0
+    """Chance that a condition is drawn again, from other noise, when the classifier misses an
+    object in the finished picture."""
 
 
 @dataclass(frozen=True)

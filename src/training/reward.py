@@ -11,6 +11,7 @@ not through the network's unconditional half, which should know nothing of condi
 The classifier must not be the judge, which would then score its own pupil.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -115,7 +116,13 @@ class Reward:
             self.x_t[at] = result.prev_sample.detach()
         images = self.disturbed(unscale(x_0_hat, self.config.noise), step)
         likelihood = self.guide.log_likelihood(images[rows + self.mine.start], self.labels[rows])
-        loss = -likelihood.sum() / self.count
+        first, last = self.config.reward.reward_interval
+        times = t[rows] / self.config.noise.num_train_timesteps
+        heard = (first <= times) & (times <= last)
+        loss = -likelihood[heard.to(self.device)].sum() / self.count
+        right = (likelihood > math.log(0.5)).cpu()
+        finished = stages[rows] == len(self.scheduler.timesteps) - 1
+        self.labels[rows[right & finished]] = 0
         self.last = loss.detach()
         return loss
 
@@ -129,9 +136,12 @@ class Reward:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 7, step))
         weights = labels.sum(dim=1).square() + 1e-6  # there may be pictures without objects
         chosen = torch.multinomial(weights, self.count, replacement=True, generator=generator)
+        again = torch.rand(self.count, generator=generator) < self.config.reward.reward_retry
+        again = again[self.mine]
         for n in fresh.nonzero().flatten():
             self.x_t[n] = draw_noise([generators[n]], self.config.model.image_size)[0]
-            self.labels[n] = labels[chosen[self.mine][n]]
+            if not (again[n] and self.labels[n].any()):
+                self.labels[n] = labels[chosen[self.mine][n]]
 
     def disturbed(self, images: Tensor, step: int) -> Tensor:
         """Pictures (count, 3, H, W) as a judge learns from them, so that no pixel pleases alone."""

@@ -1,6 +1,7 @@
 """Learning from a classifier's opinion of what the network draws."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,17 +45,17 @@ def plain(monkeypatch):
     return Reward(Guide(), CONFIG, torch.device("cpu"))
 
 
-def drawn_by_hand(model, reward, first_step, number):
-    """The x_0_hat of all four steps of picture `number`, begun at `first_step`."""
+def drawn_by_hand(model, label, first_step, number):
+    """The x_0_hat of all four steps of picture `number`, begun at `first_step`: (24,) label."""
     scheduler = make_scheduler(NOISE)
     scheduler.set_timesteps(4)
-    chosen, found = reward.labels[number], []
+    found = []
     for k, t in enumerate(scheduler.timesteps):
         seed = derive_seed(5, 6, (first_step + k) * 6 + number)
         generator = torch.Generator().manual_seed(seed)
         if k == 0:
             x_t = torch.randn(1, 3, 8, 8, generator=generator)
-        prediction = guided_prediction(model, x_t, t, chosen[None], 3.0)
+        prediction = guided_prediction(model, x_t, t, label[None], 3.0)
         result = scheduler.step(prediction, t, x_t, generator=generator)
         found.append(unscale(result.pred_original_sample[0], NOISE))
         x_t = result.prev_sample
@@ -68,18 +69,19 @@ def test_pictures_are_drawn_step_by_step_each_at_another_stage(plain):
     with torch.no_grad():
         for step in range(4):
             plain.loss(model, labels, step, None)
-            images, _ = plain.guide.seen[-1]
+            images, conditions = plain.guide.seen[-1]
             seen.append(images)
     assert plain.offsets.tolist() == [0, 0, 1, 2, 2, 3]
     assert [len(images) for images in seen] == [2, 3, 5, 6]  # each begins at its stage 0
     with torch.no_grad():
-        by_hand = drawn_by_hand(model, plain, 0, 1)
+        by_hand = drawn_by_hand(model, conditions[1], 0, 1)
     for images, expected in zip(seen, by_hand, strict=True):
         torch.testing.assert_close(images[1], expected)
     with torch.no_grad():  # the next ones
         plain.loss(model, labels, 4, None)
-        by_hand = drawn_by_hand(model, plain, 4, 1)
-    torch.testing.assert_close(plain.guide.seen[-1][0][1], by_hand[0])
+        images, conditions = plain.guide.seen[-1]
+        by_hand = drawn_by_hand(model, conditions[1], 4, 1)
+    torch.testing.assert_close(images[1], by_hand[0])
 
 
 def test_loss_is_the_mean_of_minus_log_likelihoods(plain):
@@ -137,6 +139,49 @@ def test_conditions_of_more_objects_come_more_often(plain):
         plain.loss(LinearModel(), labels, step, None)
         taken += plain.labels[:2].sum(dim=1).tolist()
     assert 0.8 < taken.count(3) / len(taken) < 0.98 and taken.count(1) + taken.count(3) == 200
+
+
+class Judgement:
+    """Finds pictures of object 0 right and all others wrong."""
+
+    def log_likelihood(self, images, labels):
+        return torch.where(labels[:, 0] > 0, -0.5, -1.0) + 0 * images.sum()
+
+
+def test_missed_conditions_are_drawn_again():
+    """From other noise, until the classifier finds them; how often is up to chance."""
+    again = {}
+    for retry in (0.0, 0.75):
+        config = replace(CONFIG, reward=replace(CONFIG.reward, reward_retry=retry))
+        reward = Reward(Judgement(), config, torch.device("cpu"))
+        numbers, noise = [], []
+        for step in range(600):
+            reward.loss(LinearModel(), torch.eye(24)[:2], step, None)
+            if step % 4 == 0:  # picture 0 has begun
+                numbers.append(int(reward.labels[0].argmax()))
+                noise.append(reward.x_t[0].clone())
+        assert not any(torch.equal(before, after) for before, after in pairwise(noise))
+        for first in (0, 1):
+            same = [after == first for before, after in pairwise(numbers) if before == first]
+            again[retry, first] = sum(same) / len(same)
+    # A new condition is the same one in half of the cases.
+    assert all(0.35 < again[case] < 0.65 for case in ((0.0, 0), (0.0, 1), (0.75, 0)))
+    assert 0.78 < again[0.75, 1] < 0.97
+
+
+def test_classifier_is_asked_in_the_interval_only(plain):
+    """Of 20 timesteps the four steps are at 19, 14, 9 and 4; pictures are drawn all the same."""
+    model, config = LinearModel(), replace(CONFIG.reward, reward_interval=(0.4, 0.8))
+    part = Reward(plain.guide, replace(CONFIG, reward=config), torch.device("cpu"))
+    for step in range(4):
+        plain.loss(model, LABELS, step, None)
+        loss = part.loss(model, LABELS, step, None)
+        torch.testing.assert_close(part.x_t, plain.x_t)
+    images, labels = plain.guide.seen[-1]
+    off = (images.mean(dim=(1, 2, 3)) - labels.argmax(dim=1) / 24).square()
+    stages = (3 + plain.offsets) % 4
+    assert part.scheduler.timesteps.tolist() == [19, 14, 9, 4]
+    torch.testing.assert_close(loss, off[(stages == 1) | (stages == 2)].sum() / 6)
 
 
 def test_training_pleases_the_classifier(trained, tmp_path):
