@@ -30,9 +30,9 @@ def of_training(config: TrainConfig, total_steps: int, pictures: int) -> list[st
         f"--align_weight {config.align_weight:g}: does nothing without --align_to": (
             config.align_to is None and config.align_weight != TrainConfig.align_weight
         ),
-        "--reward_weight, --reward_batch_size, --reward_steps, --reward_guidance_scale: do nothing "
-        "without --reward_model": config.reward.reward_model is None
-        and config.reward != RewardConfig(),
+        "--reward_weight and the other --reward_ flags: do nothing without --reward_model": (
+            config.reward.reward_model is None and config.reward != RewardConfig()
+        ),
         f"--cfg_dropout_prob {config.cfg_dropout_prob:g}: no picture's condition is ever seen; "
         "the network can't draw what it is asked for": config.cfg_dropout_prob == 1,
         f"noise schedule: at the last of {config.noise.num_train_timesteps} timesteps {last:.2g} "

@@ -234,9 +234,9 @@ class RewardConfig(Settings):
     """Guidance scale of such a picture."""
     reward_interval: TimeInterval = (0.0, 1.0)
     """The classifier is asked only where t / T lies in here."""
-    reward_retry: Probability = 0.0
-    """Chance that a condition is drawn again, from other noise, when the classifier misses an
-    object in the finished picture."""
+    reward_retry: Probability = 0.8
+    """Chance that a condition is drawn again, from other noise, when the classifier finds that the
+    finished picture does not show it: so what is hard for the network comes more often."""
 
 
 @dataclass(frozen=True)

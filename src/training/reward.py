@@ -8,6 +8,9 @@ objects asked for is one more part of the loss. Its gradient goes through that o
 (Xu et al. 2023, algorithm 1, with the drawing itself in place of a new one for each step), and
 not through the network's unconditional half, which should know nothing of conditions.
 
+A condition that the classifier misses in the finished picture is mostly drawn again, from other
+noise: most are right at once, and a few that the network always gets wrong hold nearly all errors.
+
 The classifier must not be the judge, which would then score its own pupil.
 """
 
@@ -24,7 +27,7 @@ from judging.augmentation import disturb
 from runtime import processes
 from runtime.device import autocast
 from runtime.seeds import derive_seed, draw_noise
-from runtime.settings import SamplingConfig, TrainConfig
+from runtime.settings import SamplingConfig, TrainConfig, UserError
 
 
 def reward_sampling(config: TrainConfig) -> SamplingConfig:
@@ -41,6 +44,9 @@ class Reward:
     """Pictures being drawn, and what a classifier thinks of them.
 
     Of several processes each draws its share; the pictures are the same, but for rounding.
+
+    Raises:
+        UserError: no such steps, or the classifier is asked at none of them.
     """
 
     def __init__(self, guide: Guide, config: TrainConfig, device: torch.device):
@@ -50,6 +56,15 @@ class Reward:
         self.scheduler = make_scheduler(config.noise)
         steps = check_steps(config.noise, reward_sampling(config), flag="--reward_steps")
         self.scheduler.set_timesteps(steps)
+        first, last = config.reward.reward_interval
+        times = self.scheduler.timesteps / config.noise.num_train_timesteps
+        self.asked = (first <= times) & (times <= last)
+        """(steps,) at which stages the classifier is asked."""
+        if not self.asked.any():
+            raise UserError(
+                f"--reward_interval {first:g} {last:g}: none of the {steps} steps is in there; "
+                "take a wider one"
+            )
         self.offsets = torch.arange(self.count) * steps // self.count
         """(count,) stages by which a picture is ahead of the training step."""
         size, classes = config.model.image_size, config.model.num_classes
@@ -116,10 +131,8 @@ class Reward:
             self.x_t[at] = result.prev_sample.detach()
         images = self.disturbed(unscale(x_0_hat, self.config.noise), step)
         likelihood = self.guide.log_likelihood(images[rows + self.mine.start], self.labels[rows])
-        first, last = self.config.reward.reward_interval
-        times = t[rows] / self.config.noise.num_train_timesteps
-        heard = (first <= times) & (times <= last)
-        loss = -likelihood[heard.to(self.device)].sum() / self.count
+        asked = self.asked[stages[rows]].to(self.device)
+        loss = -likelihood[asked].sum() / self.count
         right = (likelihood > math.log(0.5)).cpu()
         finished = stages[rows] == len(self.scheduler.timesteps) - 1
         self.labels[rows[right & finished]] = 0

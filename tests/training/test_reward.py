@@ -14,7 +14,14 @@ from diffusion.schedule import unscale
 from judging.evaluator import load_evaluator
 from network.checkpoint import load_checkpoint
 from runtime.seeds import derive_seed
-from runtime.settings import ROOT, ModelConfig, RewardConfig, SchedulerConfig, TrainConfig
+from runtime.settings import (
+    ROOT,
+    ModelConfig,
+    RewardConfig,
+    SchedulerConfig,
+    TrainConfig,
+    UserError,
+)
 from training.reward import Reward, half_differentiated
 from training.step import build_state, train_step
 
@@ -182,6 +189,9 @@ def test_classifier_is_asked_in_the_interval_only(plain):
     stages = (3 + plain.offsets) % 4
     assert part.scheduler.timesteps.tolist() == [19, 14, 9, 4]
     torch.testing.assert_close(loss, off[(stages == 1) | (stages == 2)].sum() / 6)
+    never = replace(CONFIG.reward, reward_interval=(0.5, 0.6))
+    with pytest.raises(UserError, match="--reward_interval 0.5 0.6: none of the 4 steps"):
+        Reward(plain.guide, replace(CONFIG, reward=never), torch.device("cpu"))
 
 
 def test_training_pleases_the_classifier(trained, tmp_path):
