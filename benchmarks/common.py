@@ -3,9 +3,11 @@
 Every benchmark imports from here first: this module puts src/ on the path.
 """
 
+import contextlib
+import shutil
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from judging import metrics
 from judging.bench import Draw
 from runtime.provenance import machine as machine  # for all benchmarks
-from runtime.settings import ModelConfig
+from runtime.settings import ModelConfig, UserError
 
 
 def model_flags(model: ModelConfig) -> str:
@@ -87,3 +89,17 @@ def show(values: Sequence[float], unit: str = "") -> str:
 def table(first: str, columns: dict[str, dict[str, str]]) -> str:
     """Markdown: rows named in a column `first`, and a column for every entry of `columns`."""
     return metrics.table(columns).replace("figure", first, 1)
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright; closed in the end."""
+    program = shutil.which("chromium")
+    if program is None:
+        raise UserError("chromium: not found; apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

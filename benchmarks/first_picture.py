@@ -6,7 +6,6 @@ Opens src/app.py in Chromium for one visitor after another, each of whom draws o
 writes output/benchmarks/first_picture.json. Needs Chromium and requirements-dev.txt.
 """
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from common import describe, machine, show, spread, table
+from common import browser, describe, machine, show, spread, table
 
 import app
 from network.checkpoint import PRETRAINED
 from runtime.files import write_json
-from runtime.settings import ROOT, PositiveInt, Settings, UserError, parse_args, run
+from runtime.settings import ROOT, PositiveInt, Settings, parse_args, run
 
 SHOWN = {
     "first step": "#pictures .card img",
@@ -43,15 +42,9 @@ class WaitConfig(Settings):
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(WaitConfig, argv)
-    browser = shutil.which("chromium")
-    if browser is None:
-        raise UserError("chromium: not found; apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
     page, url = app.serve(["--ckpt_path", str(config.ckpt_path)])
     seconds: dict[str, list[float]] = {name: [] for name in SHOWN}
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+    with browser() as chromium:
         for _ in range(config.visitors):
             visit = chromium.new_page()
             visit.goto(url)
@@ -62,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 visit.wait_for_selector(selector)
                 seconds[name].append(time.perf_counter() - since)
             visit.close()
-        chromium.close()
     page.close()
     where = machine(torch.device("cpu"))
     print(table("shown", {"seconds": {name: show(times) for name, times in seconds.items()}}))
