@@ -10,10 +10,12 @@ from pathlib import Path
 import adding
 import composition
 import pytest
+import torch
 from conftest import SMALL_NETWORK, error_of
 from PIL import Image
 
 import ablations
+import drawn_twice
 import input_pipeline
 import sampling_steps
 import time_to_accuracy
@@ -209,3 +211,43 @@ def test_objects_are_added(trained, tmp_path, monkeypatch):
     row = report["rows"]["each step once"]
     assert row["evaluations"] == 8 and all(0 <= row[name]["mean"] <= 1 for name in adding.FIGURES)
     assert [*tmp_path.rglob("each_step_once.png")] and [*tmp_path.rglob("adding.md")]
+
+
+def scene(*squares):
+    """(3, 64, 64), gray ground with squares: (colour in [0, 1], y, x, side)."""
+    image = torch.full((3, 64, 64), 0.45)
+    for color, y, x, side in squares:
+        image[:, y : y + side, x : x + side] = torch.tensor(color)[:, None, None]
+    return image * 2 - 1
+
+
+def test_what_is_drawn_twice_is_counted():
+    red, brown, yellow, gray = (0.5, 0.3, 0.3), (0.5, 0.41, 0.3), (0.6, 0.58, 0.3), (0.3, 0.3, 0.3)
+    asked = ["red cube", "brown sphere"]
+    once = scene((red, 10, 10, 6), (brown, 40, 40, 6))
+    assert drawn_twice.blobs_too_many(once, asked) == 0
+    assert drawn_twice.blobs_too_many(once, [*asked, "red sphere"]) == 0  # one is missing
+    twice = scene((red, 10, 10, 6), (red, 10, 30, 6), (red, 30, 10, 6), (brown, 40, 40, 6))
+    assert drawn_twice.blobs_too_many(twice, asked) == 2
+    assert drawn_twice.blobs_too_many(twice, [*asked, "red sphere"]) == 1
+    touching = scene((red, 10, 10, 6), (red, 16, 16, 6), (gray, 40, 10, 6), (gray, 40, 40, 6))
+    assert drawn_twice.blobs_too_many(touching, ["red cube", "gray cube"]) == 0
+    assert drawn_twice.blobs_too_many(touching, ["gray cube"]) == 0
+    specks = scene((red, 10, 10, 6), (red, 40, 40, 3), (yellow, 40, 10, 6))
+    assert drawn_twice.blobs_too_many(specks, ["red cube", "yellow cube"]) == 0
+    assert drawn_twice.blobs_too_many(twice[:, ::2, ::2], asked) == 2
+    both = scene((brown, 10, 10, 6), (yellow, 40, 10, 6), (yellow, 40, 40, 6))
+    assert drawn_twice.blobs_too_many(both, ["brown cube", "yellow cube"]) == 1
+
+
+def test_drawn_twice_compares_ways_of_sampling(trained, tmp_path):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--num_seeds", 2, "--guidance_scales", 2, "--resamples", 1, 2,
+            "--num_inference_steps", 5]  # fmt: skip
+    report = drawn_twice.main([str(a) for a in argv])
+    assert [row["evaluations"] for row in report["rows"].values()] == [10, 20]
+    for row in report["rows"].values():
+        assert 0 <= row["right"]["mean"] <= min(row["exact"]["mean"], 1 - row["twice"]["mean"])
+    assert report["training_pictures"]["low"] >= 0
+    assert len([*tmp_path.rglob("*.png")]) == 2 and [*tmp_path.rglob("drawn_twice.md")]

@@ -1,0 +1,201 @@
+"""How often is an object drawn twice? The judge says what is there, not how often.
+
+    python benchmarks/drawn_twice.py                   # the pretrained network
+
+A judge of the course's kind scores every object as there or not there, so a scene with two cyan
+cylinders where one was asked for counts as exact. Here coloured blobs are counted: pixels of one
+hue that hang together. More of them than objects of that colour were asked for is an object drawn
+twice. Gray objects have no hue, so conditions with one are left out, and two that touch count as
+one: what is found is the least that there is. Training pictures, which show no object twice, are
+counted for comparison where they are there.
+
+Draws the conditions by every combination of --guidance_scales and --resamples.
+Writes table and JSON to output/benchmarks/drawn_twice/<checkpoint>/, and the pictures of the first
+draw, those with a blob too many first.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import machine
+
+from diffusion.sampling import evaluations
+from iclevr.dataset import IclevrDataset
+from judging.bench import Bench, open_bench
+from judging.evaluator import evaluate
+from judging.figures import grid, save_image, save_text
+from judging.intervals import Interval, mean_interval, proportion_interval
+from judging.metrics import markdown
+from network.checkpoint import PRETRAINED
+from runtime.files import make_folder, write_json
+from runtime.output import progress_bar
+from runtime.seeds import picture_seeds
+from runtime.settings import (
+    ROOT,
+    DataConfig,
+    PositiveInt,
+    SamplingConfig,
+    Settings,
+    parse_args,
+    run,
+    to_dict,
+)
+
+HUES = {
+    "red": 0.002, "brown": 0.097, "yellow": 0.156, "green": 0.305, "cyan": 0.497, "blue": 0.624,
+    "purple": 0.789,
+}  # fmt: skip
+"""In turns of the colour circle: means of 25 training pictures of the stand-in with one object."""
+LEAST_CHROMA = 0.08
+"""Of values in [0, 1]: what is paler is ground."""
+LEAST_PIXELS = 10
+"""Of a picture of 64x64; smaller blobs are edges in a colour between two others."""
+FIGURES = {
+    "accuracy": "accuracy",
+    "exact": "exact sets, by the judge",
+    "twice": "an object twice",
+    "right": "exact sets, nothing twice",
+}
+
+
+@dataclass(frozen=True)
+class DrawnTwiceConfig(Settings):
+    """Count objects that were drawn twice."""
+
+    ckpt_path: Path = PRETRAINED
+    """Checkpoint of src/train.py."""
+    conditions: tuple[Path, ...] | None = None
+    """Files with lists of lists of objects, in place of test.json and new_test.json."""
+    guidance_scales: tuple[float, ...] = (3.0, 2.0)
+    """Guidance scales to compare."""
+    resamples: tuple[PositiveInt, ...] = (1, 3)
+    """How many times each step is taken."""
+    num_inference_steps: PositiveInt = 12
+    """DDPM steps."""
+    num_seeds: PositiveInt = 4
+    """Draws of every picture."""
+    device: str | None = None
+    """cuda, cpu ... (default: the best there is)."""
+    output_dir: Path = ROOT / "output" / "benchmarks" / "drawn_twice"
+    """Results go to a folder in here."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def blobs_too_many(image: Tensor, names: Sequence[str]) -> int:
+    """How many coloured blobs a picture has beyond the objects asked for.
+
+    Args:
+        image: (3, S, S) in [-1, 1].
+        names: the objects, such as "red cube"; gray ones are not looked at.
+    """
+    from scipy import ndimage
+
+    asked = Counter(name.split()[0] for name in names if name.split()[0] in HUES)
+    if not asked:
+        return 0
+    red, green, blue = rgb = image.numpy() / 2 + 0.5
+    chroma = rgb.max(0) - rgb.min(0)
+    hue = np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue) / (2 * np.pi)
+    apart = np.stack([np.abs((hue - HUES[color] + 0.5) % 1 - 0.5) for color in HUES])
+    nearest, least = apart.argmin(0), LEAST_PIXELS * (image.shape[-1] / 64) ** 2
+    extra = 0
+    for color, count in asked.items():
+        shown = (chroma > LEAST_CHROMA) & (nearest == [*HUES].index(color))
+        parts, found = ndimage.label(shown, np.ones((3, 3)))
+        sizes = ndimage.sum(shown, parts, range(1, found + 1)) if found else np.zeros(0)
+        extra += max(0, int((np.asarray(sizes) >= least).sum()) - count)
+    return extra
+
+
+def counted(bench: Bench, labels: Tensor, images: Tensor) -> tuple[dict[str, float], list[bool]]:
+    """The figures of one draw, and which pictures have a blob too many."""
+    names = [*bench.judge.objects]
+    asked = [[names[k] for k in row.nonzero().flatten()] for row in labels]
+    twice = [blobs_too_many(image, row) > 0 for image, row in zip(images, asked, strict=True)]
+    found = evaluate(bench.judge, images, labels)
+    exact, double = found.exact.bool(), torch.tensor(twice)
+    figures = {
+        "accuracy": found.accuracy,
+        "exact": exact.float().mean().item(),
+        "twice": double.float().mean().item(),
+        "right": (exact & ~double).float().mean().item(),
+    }
+    return figures, twice
+
+
+def in_training(bench: Bench, most: int = 1000) -> Interval | None:
+    """Share of training pictures with a blob too many; None: there are none here."""
+    paths = bench.paths
+    if paths.image_dir is None or not paths.image_dir.is_dir():
+        return None
+    data = IclevrDataset(
+        paths.data_dir, paths.image_dir, "train", bench.model.image_size, paths.cache_dir
+    )
+    names = [*data.objects]
+    found = [
+        blobs_too_many(data[i][0], [names[k] for k in data.labels[i].nonzero().flatten()]) > 0
+        for i in range(0, len(data), max(1, len(data) // most))
+    ]
+    return proportion_interval(sum(found), len(found))
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    config = parse_args(DrawnTwiceConfig, argv)
+    bench = open_bench(config.ckpt_path, config.data, config.device, conditions=config.conditions)
+    folder = config.output_dir / f"{bench.run_name}-{bench.blob[:10]}"
+    make_folder(folder)
+    labels = torch.cat([*bench.labels.values()])
+    gray = [name.startswith("gray") for name in bench.judge.objects]
+    labels = labels[labels[:, gray].sum(dim=1) == 0]
+    rows = {}
+    for scale, resample in product(config.guidance_scales, config.resamples):
+        sampling = SamplingConfig(
+            num_inference_steps=config.num_inference_steps, guidance_scale=scale, resample=resample
+        )
+        way = f"guidance {scale:g}, each step {resample} times"
+        draws = []
+        for seed in progress_bar(range(config.num_seeds), desc=way, unit="draw"):
+            images, _ = bench.sample(labels, picture_seeds(seed, len(labels)), sampling)
+            figures, twice = counted(bench, labels, images.cpu())
+            draws.append(figures)
+            if seed == 0:
+                order = sorted(range(len(twice)), key=lambda n: not twice[n])
+                save_image(grid(images[order]), folder / f"guidance{scale:g}-{resample}times.png")
+        rows[way] = {name: mean_interval([draw[name] for draw in draws], 0, 1) for name in FIGURES}
+        rows[way]["evaluations"] = evaluations(bench.checkpoint.config.noise, sampling, labels)
+    head = ["sampling", "evaluations", *FIGURES.values()]
+    lines = [
+        [way, f"{row['evaluations']:.0f}", *(row[name] for name in FIGURES)]
+        for way, row in rows.items()
+    ]
+    training = in_training(bench)
+    title = (
+        f"{bench.run_name}, {len(labels)} conditions without gray, {config.num_seeds} seeds, "
+        f"judge: {bench.judge.name}"
+    )
+    text = f"{title}\n\n{markdown(head, lines)}\n"
+    if training:
+        text += f"\nan object twice in training pictures: {training}\n"
+    save_text(text, folder / "drawn_twice.md")
+    print(f"{text}\n{folder}")
+    report = to_dict({
+        "title": title,
+        "checkpoint": str(config.ckpt_path),
+        "machine": machine(bench.device),
+        "training_pictures": training,
+        "rows": rows,
+    })  # fmt: skip
+    write_json(folder / "drawn_twice.json", report)
+    return report
+
+
+if __name__ == "__main__":
+    run(main)
