@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         page.set_default_timeout(120_000)
         page.goto(url)
         page.wait_for_selector("#picker [aria-pressed=true]")
-        page.fill("#prompt textarea", config.objects)
-        page.press("#prompt textarea", "Tab")
-        page.wait_for_timeout(1000)
+        page.fill("#prompt textarea", "")
+        page.locator("#prompt textarea").press_sequentially(config.objects)  # as the picker hears
+        page.wait_for_timeout(2000)
         page.click("#draw")
         wait_for_cards(page, "#pictures", 4, 4)
         take(page, config.out_dir / "app-draw.png")
