@@ -118,6 +118,7 @@ def test_objects_are_clicked_and_their_pictures_come_again(visit, served, tmp_pa
     set_slider(page, "count", 2)
     assert not page.is_visible("#without textarea")
     page.click("#more button")
+    page.wait_for_timeout(500)  # under load, what opens takes its first value a little later
     page.fill("#without textarea", "gray cube")
     page.click("#compose input")
     page.get_by_role("option", name="one by one").click()
