@@ -19,16 +19,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from common import machine
 
 from diffusion.sampling import evaluations
 from iclevr.dataset import IclevrDataset
+from iclevr.labels import decode_labels
 from judging.bench import Bench, open_bench
 from judging.evaluator import evaluate
 from judging.figures import grid, save_image, save_text
@@ -44,6 +46,7 @@ from runtime.settings import (
     PositiveInt,
     SamplingConfig,
     Settings,
+    UserError,
     parse_args,
     run,
     to_dict,
@@ -72,11 +75,11 @@ class DrawnTwiceConfig(Settings):
 
     ckpt_path: Path = PRETRAINED
     """Checkpoint of src/train.py."""
-    conditions: tuple[Path, ...] | None = None
+    conditions: Annotated[tuple[Path, ...], Field(min_length=1)] | None = None
     """Files with lists of lists of objects, in place of test.json and new_test.json."""
-    guidance_scales: tuple[float, ...] = (3.0, 2.0)
+    guidance_scales: Annotated[tuple[float, ...], Field(min_length=1)] = (3.0, 2.0)
     """Guidance scales to compare."""
-    resamples: tuple[PositiveInt, ...] = (1, 3)
+    resamples: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 3)
     """How many times each step is taken."""
     num_inference_steps: PositiveInt = 12
     """DDPM steps."""
@@ -117,8 +120,7 @@ def blobs_too_many(image: Tensor, names: Sequence[str]) -> int:
 
 def counted(bench: Bench, labels: Tensor, images: Tensor) -> tuple[dict[str, float], list[bool]]:
     """The figures of one draw, and which pictures have a blob too many."""
-    names = [*bench.judge.objects]
-    asked = [[names[k] for k in row.nonzero().flatten()] for row in labels]
+    asked = [decode_labels(row, bench.judge.objects) for row in labels]
     twice = [blobs_too_many(image, row) > 0 for image, row in zip(images, asked, strict=True)]
     found = evaluate(bench.judge, images, labels)
     exact, double = found.exact.bool(), torch.tensor(twice)
@@ -139,9 +141,8 @@ def in_training(bench: Bench, most: int = 1000) -> Interval | None:
     data = IclevrDataset(
         paths.data_dir, paths.image_dir, "train", bench.model.image_size, paths.cache_dir
     )
-    names = [*data.objects]
     found = [
-        blobs_too_many(data[i][0], [names[k] for k in data.labels[i].nonzero().flatten()]) > 0
+        blobs_too_many(data[i][0], decode_labels(data.labels[i], data.objects)) > 0
         for i in range(0, len(data), max(1, len(data) // most))
     ]
     return proportion_interval(sum(found), len(found))
@@ -153,8 +154,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = config.output_dir / f"{bench.run_name}-{bench.blob[:10]}"
     make_folder(folder)
     labels = torch.cat([*bench.labels.values()])
-    gray = [name.startswith("gray") for name in bench.judge.objects]
-    labels = labels[labels[:, gray].sum(dim=1) == 0]
+    uncounted = [name.split()[0] not in HUES for name in bench.judge.objects]
+    labels = labels[labels[:, uncounted].sum(dim=1) == 0]
+    if not len(labels):
+        raise UserError("--conditions: all hold gray objects, which can't be counted; add others")
     rows = {}
     for scale, resample in product(config.guidance_scales, config.resamples):
         sampling = SamplingConfig(

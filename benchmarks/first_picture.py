@@ -42,9 +42,9 @@ class WaitConfig(Settings):
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(WaitConfig, argv)
-    page, url = app.serve(["--ckpt_path", str(config.ckpt_path)])
     seconds: dict[str, list[float]] = {name: [] for name in SHOWN}
     with browser() as chromium:
+        page, url = app.serve(["--ckpt_path", str(config.ckpt_path)])
         for _ in range(config.visitors):
             visit = chromium.new_page()
             visit.goto(url)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 visit.wait_for_selector(selector)
                 seconds[name].append(time.perf_counter() - since)
             visit.close()
-    page.close()
+        page.close()
     where = machine(torch.device("cpu"))
     print(table("shown", {"seconds": {name: show(times) for name, times in seconds.items()}}))
     print(describe(where))

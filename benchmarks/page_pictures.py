@@ -53,8 +53,8 @@ def wait_for_cards(page: Any, where: str, cards: int, files: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(PagePicturesConfig, argv)
     make_folder(config.out_dir, "--out_dir")
-    served, url = app.serve(["--ckpt_path", str(config.ckpt_path)])
     with browser() as chromium:
+        served, url = app.serve(["--ckpt_path", str(config.ckpt_path)])
         page = chromium.new_page(viewport={"width": WIDTH, "height": LEAST_HEIGHT})
         page.set_default_timeout(120_000)
         page.goto(url)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         page.get_by_role("tab", name="Results").click()
         page.wait_for_timeout(2000)
         take(page, config.out_dir / "app-results.png")
-    served.close()
+        served.close()
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def lock_folder(folder: Path, remedy: str) -> FileLock:
             who = owner.read_text(encoding="utf-8")
         raise UserError(f"{folder}: {who} works here; {remedy}") from None
     except (OSError, NotImplementedError) as error:
-        # filelock makes a NotImplementedError of ENOSYS.
+        # filelock 3.16 makes a NotImplementedError of ENOSYS; 4.3 warns, and takes a softer lock.
         number = error.errno if isinstance(error, OSError) else errno.ENOSYS
         why = os.strerror(number) if number else str(error)
         if number not in UNSUPPORTED:

@@ -149,11 +149,10 @@ class Reward:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 7, step))
         weights = labels.sum(dim=1).square() + 1e-6  # there may be pictures without objects
         chosen = torch.multinomial(weights, self.count, replacement=True, generator=generator)
-        again = torch.rand(self.count, generator=generator) < self.config.reward.reward_retry
-        again = again[self.mine]
+        retry = torch.rand(self.count, generator=generator) < self.config.reward.reward_retry
         for n in fresh.nonzero().flatten():
             self.x_t[n] = draw_noise([generators[n]], self.config.model.image_size)[0]
-            if not (again[n] and self.labels[n].any()):
+            if not (retry[self.mine][n] and self.labels[n].any()):
                 self.labels[n] = labels[chosen[self.mine][n]]
 
     def disturbed(self, images: Tensor, step: int) -> Tensor:

@@ -16,7 +16,9 @@ from PIL import Image
 
 import ablations
 import drawn_twice
+import first_picture
 import input_pipeline
+import page_pictures
 import sampling_steps
 import time_to_accuracy
 import training_runs
@@ -251,3 +253,13 @@ def test_drawn_twice_compares_ways_of_sampling(trained, tmp_path):
         assert 0 <= row["right"]["mean"] <= min(row["exact"]["mean"], 1 - row["twice"]["mean"])
     assert report["training_pictures"]["low"] >= 0
     assert len([*tmp_path.rglob("*.png")]) == 2 and [*tmp_path.rglob("drawn_twice.md")]
+    (tmp_path / "gray.json").write_text('[["gray cube", "red cube"]]')
+    message = error_of(drawn_twice.main, [*argv, "--conditions", tmp_path / "gray.json"])
+    assert message.startswith("--conditions: all hold gray objects")
+
+
+@pytest.mark.parametrize("script", [page_pictures, first_picture])
+def test_without_a_browser_nothing_is_served(script, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("app.serve", None)
+    assert error_of(script.main, []).startswith("chromium: not found")
