@@ -6,6 +6,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import adding
 import composition
@@ -240,6 +241,19 @@ def test_what_is_drawn_twice_is_counted():
     assert drawn_twice.blobs_too_many(twice[:, ::2, ::2], asked) == 2
     both = scene((brown, 10, 10, 6), (yellow, 40, 10, 6), (yellow, 40, 40, 6))
     assert drawn_twice.blobs_too_many(both, ["brown cube", "yellow cube"]) == 1
+
+
+def test_right_is_exact_and_nothing_twice(monkeypatch):
+    """Of four pictures: right, twice, not exact, both."""
+    red = (0.5, 0.3, 0.3)
+    once, twice = scene((red, 10, 10, 6)), scene((red, 10, 10, 6), (red, 40, 40, 6))
+    found = SimpleNamespace(accuracy=0.75, exact=torch.tensor([1, 1, 0, 0]))
+    monkeypatch.setattr(drawn_twice, "evaluate", lambda *_: found)
+    bench = SimpleNamespace(judge=SimpleNamespace(objects={"red cube": 0}))
+    images = torch.stack([once, twice, once, twice])
+    figures, doubled = drawn_twice.counted(bench, torch.ones(4, 1), images)
+    assert doubled == [False, True, False, True]
+    assert figures == {"accuracy": 0.75, "exact": 0.5, "twice": 0.5, "right": 0.25}
 
 
 def test_drawn_twice_compares_ways_of_sampling(trained, tmp_path):
