@@ -26,6 +26,7 @@ from training.classifier import (
     fit,
     shares,
     split_by_sequence,
+    judge_pasted,
 )
 
 
@@ -76,10 +77,16 @@ def main(argv: list[str] | None = None) -> dict:
     model.load_state_dict(weights)
     judge = Evaluator(model, judge_name(config, paths.data_dir), out, dataset.objects)
     judge, found = calibrate_and_test(judge, dataset, held_out)
-    settings = ("epochs", "batch_size", "lr", "weight_decay", "held_out", "seed")
+    counting = {}
+    if config.paste:
+        new, twice = judge_pasted(judge, dataset, held_out, config.seed)
+        print(f"exact sets with one more object pasted: a new one {new}, one twice {twice}")
+        counting = {"pasted_new_exact_sets": vars(new), "pasted_twice_exact_sets": vars(twice)}
+    settings = ("epochs", "batch_size", "lr", "weight_decay", "paste", "held_out", "seed")
     info = {
         "train_pictures": len(train),
         **report(judge, found),
+        **counting,
         "settings": {key: getattr(config, key) for key in settings},
         "init_from": git_blob_hash(config.init_from) if config.init_from else None,
     }

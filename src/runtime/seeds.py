@@ -19,7 +19,7 @@ def derive_seed(seed: int, purpose: int, number: int) -> int:
     3: the choice of conditions for it, 4: further picture `number` of the picture with that seed,
     5: the noise that it is weighed with, 6: picture of a training step that a reward model sees,
     7: the choice of conditions for it, 8: how it is disturbed, 9: the noise that a place
-    for another object is looked for with.
+    for another object is looked for with, 10: what is pasted into the pictures of a step.
     """
     return int(np.random.SeedSequence([seed, purpose, number]).generate_state(1, np.uint64)[0])
 

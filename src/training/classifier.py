@@ -26,18 +26,21 @@ from judging.intervals import Interval, proportion_interval
 from network.checkpoint import load_weights, read_tensors, save_tensors
 from runtime.device import autocast, autocast_dtype
 from runtime.output import progress_bar
+from runtime.seeds import derive_seed
 from runtime.settings import (
     DataConfig,
     Name,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Probability,
     Seed,
     Settings,
     UserError,
     to_dict,
 )
 from runtime.signals import StopSignal
+from training.pasting import CutOuts
 
 SAVE_EACH_S = 600
 """Time between savings of an unfinished training."""
@@ -55,6 +58,9 @@ class EvaluatorConfig(Settings):
     """Peak learning rate of AdamW (one cycle)."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's decoupled weight decay."""
+    paste: Probability = 0.0
+    """Share of the pictures that get an object of another one: it learns to see as well what is
+    there twice, and then counts as not there. For --reward_model; the course's judge is not so."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the sequences kept out of training, for the figures."""
     init_from: Path | None = None
@@ -100,7 +106,8 @@ def fit(
     `unfinished`, see `resume`.
     """
     images = torch.from_numpy(dataset.images[train]).to(device)  # (N, 3, 64, 64) uint8
-    labels = dataset.labels[train].to(device)
+    labels, numbers = dataset.labels[train].to(device), torch.tensor(train)
+    cut_outs = CutOuts(dataset, train) if config.paste else None
     torch.manual_seed(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
     model = first_model(config, dataset).to(device, memory_format=torch.channels_last)
@@ -119,13 +126,17 @@ def fit(
     with StopSignal() as stop, bar:
         while step < steps:
             start = step % epoch_steps * batch_size
+            pastes = torch.Generator().manual_seed(derive_seed(config.seed, 10, step))
             if start == 0:
                 order = torch.randperm(len(train), generator=generator, device=device)
             index = order[start : start + batch_size]
-            x = disturb(normalize(images[index]), generator)
+            x, y = images[index], labels[index]
+            if cut_outs:
+                x, y = cut_outs.paste(x, numbers[index.cpu()], config.paste, pastes)
+            x = disturb(normalize(x), generator)
             with autocast(device, dtype):
                 logits = model(x)
-            loss = F.binary_cross_entropy_with_logits(logits.float(), labels[index])
+            loss = F.binary_cross_entropy_with_logits(logits.float(), y.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -199,6 +210,25 @@ def calibrate_and_test(
     judge = replace(judge, threshold=calibrate(scores, dataset.labels[calibration]))
     images = normalize(torch.from_numpy(dataset.images[tested]))
     return judge, evaluate(judge, images, dataset.labels[tested])
+
+
+def judge_pasted(
+    judge: Evaluator, dataset: IclevrDataset, held_out: list[int], seed: int
+) -> tuple[Interval, Interval]:
+    """Exact sets in pictures with one more object pasted: a new one, and one that is there.
+
+    Raises:
+        UserError: as `CutOuts`.
+    """
+    _, tested = split_by_sequence([dataset.names[i] for i in held_out], 0.5)
+    numbers = np.array(held_out)[tested]
+    before = dataset.labels[numbers]
+    images, labels = CutOuts(dataset, held_out).paste(
+        torch.from_numpy(dataset.images[numbers]), torch.from_numpy(numbers), 1.0,
+        torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    found, change = evaluate(judge, normalize(images), labels), (labels - before).sum(dim=1)
+    return shares(found, change > 0)[1], shares(found, change < 0)[1]
 
 
 def shares(found: Evaluation, which: Tensor) -> tuple[Interval, Interval]:
