@@ -24,9 +24,9 @@ from training.classifier import (
     EvaluatorConfig,
     calibrate_and_test,
     fit,
+    judge_pasted,
     shares,
     split_by_sequence,
-    judge_pasted,
 )
 
 
