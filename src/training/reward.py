@@ -112,13 +112,15 @@ class Reward:
         if not begun.any():
             self.last = torch.zeros((), device=self.device)
             return self.last
-        t = self.scheduler.timesteps[stages]
         rows = begun.nonzero().flatten()
+        asked = self.asked[stages[rows]]
+        rows = torch.cat([rows[asked], rows[~asked]])
+        count = int(asked.sum())
         with autocast(self.device, dtype):
-            prediction = guided_prediction(
-                half_differentiated(model), self.x_t[rows], t[rows].to(self.device),
-                self.labels[rows], self.config.reward.reward_guidance_scale,
-            )  # fmt: skip
+            parts = [self.predict(model, rows[:count], stages)]
+            with torch.no_grad():
+                parts.append(self.predict(model, rows[count:], stages))
+        prediction = torch.cat(parts)
         x_0_hat = torch.zeros(self.count, *self.x_t.shape[1:], device=self.device)
         for stage in stages[rows].unique():
             here = stages[rows] == stage
@@ -131,13 +133,22 @@ class Reward:
             self.x_t[at] = result.prev_sample.detach()
         images = self.disturbed(unscale(x_0_hat, self.config.noise), step)
         likelihood = self.guide.log_likelihood(images[rows + self.mine.start], self.labels[rows])
-        asked = self.asked[stages[rows]].to(self.device)
-        loss = -likelihood[asked].sum() / self.count
+        loss = -likelihood[:count].sum() / self.count
         right = (likelihood > math.log(0.5)).cpu()
         finished = stages[rows] == len(self.scheduler.timesteps) - 1
         self.labels[rows[right & finished]] = 0
         self.last = loss.detach()
         return loss
+
+    def predict(self, model: nn.Module, rows: Tensor, stages: Tensor) -> Tensor:
+        """Guided prediction for some of the pictures: `rows`, (n,) of this process's share."""
+        if not len(rows):
+            return torch.empty_like(self.x_t[rows])
+        t = self.scheduler.timesteps[stages[rows]].to(self.device)
+        return guided_prediction(
+            half_differentiated(model), self.x_t[rows], t, self.labels[rows],
+            self.config.reward.reward_guidance_scale,
+        )  # fmt: skip
 
     def begin(
         self, fresh: Tensor, labels: Tensor, step: int, generators: list[torch.Generator]
