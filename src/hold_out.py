@@ -6,8 +6,9 @@
 
 Reads the data's JSON files and writes others, next to which nothing else is needed: train.json
 without the pictures that show what is held out, unseen.json and seen.json (as many sets that stay),
-unseen_pairs.json, and objects.json, test.json and new_test.json as they are. The data itself is
-never changed. src/render_iclevr.py --hold_out_sets renders a stand-in without such sets instead.
+unseen_pairs.json, and objects.json, test.json, new_test.json, and four.json and five.json where
+there are such, as they are. The data itself is never changed. src/render_iclevr.py
+--hold_out_sets renders a stand-in without such sets instead.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from iclevr.labels import (
     read_objects,
     read_train,
 )
+from iclevr.scene import LARGE
 from runtime.command_line import command
 from runtime.files import make_folder, read_json, write_json
 from runtime.settings import (
@@ -108,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     shown = set(map(frozenset, train.values()))
     files = {"objects": objects, "train": train, **conditions}
     files |= held_out_conditions(held_out, shown, keep, config.seed)
+    more = (paths.data_dir / f"{name}.json" for name in LARGE)
+    files |= {path.stem: read_conditions(path, objects)[0] for path in more if path.exists()}
     make_folder(config.out_dir, "--out_dir")
     write_json(config.out_dir / MADE_BY, settings)
     for name, content in files.items():

@@ -84,13 +84,15 @@ def test_of_a_list_that_is_there(world, tmp_path, capsys):
     names = [[a, b] for a in NAMES[:8] for b in NAMES[8:16]]
     before = {f"CLEVR_train_{i:06d}_1.png": pair for i, pair in enumerate(names)}
     (world / "train.json").write_text(json.dumps(before))
+    (world / "four.json").write_text(json.dumps([NAMES[:4], NAMES[8:12]]))
     original = {path: path.read_bytes() for path in world.glob("*.json")}
     out = tmp_path / "held out"
     argv = ["--data_dir", world, "--out_dir", out, "--hold_out_sets", 0.25]
     found = hold_out.main(list(map(str, argv)))
     files = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert files.pop("hold_out")["hold_out_sets"] == 0.25
-    assert set(files) == {"objects", "train", "test", "new_test", "seen", "unseen"}
+    assert set(files) == {"objects", "train", "test", "new_test", "seen", "unseen", "four"}
+    assert files["four"] == [NAMES[:4], NAMES[8:12]]
     assert found["unseen"] == found["seen"] == 16 and found["train"] == 48
     assert {**files["train"], **before} == before
     shown = list(map(set, files["train"].values()))
