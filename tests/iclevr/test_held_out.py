@@ -92,7 +92,7 @@ def test_of_a_list_that_is_there(world, tmp_path, capsys):
     files = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert files.pop("hold_out")["hold_out_sets"] == 0.25
     assert set(files) == {"objects", "train", "test", "new_test", "seen", "unseen", "four"}
-    assert files["four"] == [NAMES[:4], NAMES[8:12]]
+    assert files["four"] == [[*NAMES[:4]], [*NAMES[8:12]]]
     assert found["unseen"] == found["seen"] == 16 and found["train"] == 48
     assert {**files["train"], **before} == before
     shown = list(map(set, files["train"].values()))
