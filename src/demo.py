@@ -69,7 +69,8 @@ def stage(script: ModuleType, flags: Sequence[Any], notes: Path, done: bool = Fa
 
 def show_pretrained(output: Path) -> None:
     """Both test splits, by the network that comes with the repository, on its own data."""
-    flags = ["--output_dir", output / "result", *SAMPLING, "--data_dir", ROOT / "data" / "standin"]
+    flags = ["--output_dir", output / "result", *SAMPLER, "--guidance_scale", "2"]
+    flags += ["--data_dir", ROOT / "data" / "standin"]
     more = [*flags, *["--num_seeds", "4", "--num_fd_samples", "0", "--wandb", "disabled"]]
     at_once(test, more)
     at_once(report, ["--ckpt_path", PRETRAINED, "--output_dir", output])

@@ -23,6 +23,8 @@ FILES = Path(__file__).parent
 SCALES = (1, 1.5, 2, 2.5, 3, 4, 5, 7, 10)
 FIRST_SCENE = ("red sphere", "cyan cube")
 FIRST_ADDED = "green cylinder"
+USUAL_GUIDANCE = 2.0
+"""To begin with: more draws objects twice (benchmarks/drawn_twice.py)."""
 UPLOAD = "Upload a PNG"
 AT_ONCE = 2
 """Drawings at the same time; who comes then waits in line."""
@@ -61,7 +63,8 @@ def left_side(handlers: Handlers) -> Controls:
     objects = handlers.objects
     scene = [name for name in FIRST_SCENE if name in objects] or [*objects][:1]
     noise = handlers.bench.checkpoint.config.noise
-    few = SamplingConfig(num_inference_steps=min(12, noise.num_train_timesteps))
+    steps = min(12, noise.num_train_timesteps)
+    few = SamplingConfig(num_inference_steps=steps, guidance_scale=USUAL_GUIDANCE)
     usual = with_steps(noise, few)
     pick = gr.HTML(
         scene, html_template=picker(objects), elem_id="picker", apply_default_css=False,
