@@ -16,6 +16,7 @@ from pathlib import Path
 
 from iclevr.dataset import IclevrDataset, find_data
 from judging.evaluator import IMAGE_SIZE, Evaluation, Evaluator, git_blob_hash, load_evaluator
+from judging.intervals import Interval
 from network.checkpoint import save_tensors
 from runtime.device import pick_device, warn_of_launcher
 from runtime.files import make_folder
@@ -28,6 +29,7 @@ from training.classifier import (
     shares,
     split_by_sequence,
 )
+from training.pasting import CutOuts
 
 
 def judge_name(config: EvaluatorConfig, data_dir: Path) -> str:
@@ -61,6 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
     if config.init_from:
         load_evaluator(config.init_from, dataset.objects)  # what fails should fail before that
+    cut_outs = CutOuts(dataset, held_out) if config.paste else None
     make_folder(out.parent, "--out")
 
     unfinished = out.with_name(f"{out.stem}.unfinished.pth")
@@ -77,16 +80,11 @@ def main(argv: list[str] | None = None) -> dict:
     model.load_state_dict(weights)
     judge = Evaluator(model, judge_name(config, paths.data_dir), out, dataset.objects)
     judge, found = calibrate_and_test(judge, dataset, held_out)
-    counting = {}
-    if config.paste:
-        new, twice = judge_pasted(judge, dataset, held_out, config.seed)
-        print(f"exact sets with one more object pasted: a new one {new}, one twice {twice}")
-        counting = {"pasted_new_exact_sets": vars(new), "pasted_twice_exact_sets": vars(twice)}
+    counts = judge_pasted(judge, dataset, held_out, cut_outs, config.seed) if cut_outs else {}
     settings = ("epochs", "batch_size", "lr", "weight_decay", "paste", "held_out", "seed")
     info = {
         "train_pictures": len(train),
-        **report(judge, found),
-        **counting,
+        **report(judge, found, counts),
         "settings": {key: getattr(config, key) for key in settings},
         "init_from": git_blob_hash(config.init_from) if config.init_from else None,
     }
@@ -96,8 +94,12 @@ def main(argv: list[str] | None = None) -> dict:
     return info
 
 
-def report(judge: Evaluator, found: Evaluation) -> dict:
-    """Print what the judge finds in held-out pictures; returns it as its file has it."""
+def report(judge: Evaluator, found: Evaluation, counts: dict[str, Interval]) -> dict:
+    """Print what the judge finds in held-out pictures; returns it as its file has it.
+
+    Args:
+        counts: of `judge_pasted`.
+    """
     accuracy, exact = shares(found, found.total >= 0)
     print(
         f"{judge.path}: judge {judge.name}, threshold {judge.threshold:.3f}\n"
@@ -106,7 +108,10 @@ def report(judge: Evaluator, found: Evaluation) -> dict:
     by_number = {n: shares(found, found.total == n) for n in found.total.unique().tolist() if n}
     for n, (a, e) in by_number.items():
         print(f"  with {n} object{'s' * (n > 1)}: accuracy {a}, exact sets {e}")
+    for name, exact_sets in counts.items():
+        print(f"  {name.replace('_', ' ')}: {exact_sets}")
     return {
+        **{name: vars(exact_sets) for name, exact_sets in counts.items()},
         "held_out_pictures": len(found.total),
         "held_out_accuracy": vars(accuracy),
         "held_out_exact_sets": vars(exact),

@@ -126,12 +126,12 @@ def fit(
     with StopSignal() as stop, bar:
         while step < steps:
             start = step % epoch_steps * batch_size
-            pastes = torch.Generator().manual_seed(derive_seed(config.seed, 10, step))
             if start == 0:
                 order = torch.randperm(len(train), generator=generator, device=device)
             index = order[start : start + batch_size]
             x, y = images[index], labels[index]
             if cut_outs:
+                pastes = torch.Generator().manual_seed(derive_seed(config.seed, 10, step))
                 x, y = cut_outs.paste(x, numbers[index.cpu()], config.paste, pastes)
             x = disturb(normalize(x), generator)
             with autocast(device, dtype):
@@ -213,22 +213,22 @@ def calibrate_and_test(
 
 
 def judge_pasted(
-    judge: Evaluator, dataset: IclevrDataset, held_out: list[int], seed: int
-) -> tuple[Interval, Interval]:
-    """Exact sets in pictures with one more object pasted: a new one, and one that is there.
+    judge: Evaluator, dataset: IclevrDataset, held_out: list[int], cut_outs: CutOuts, seed: int
+) -> dict[str, Interval]:
+    """Exact sets in held-out pictures with one more object: a new one, and one that is there.
 
-    Raises:
-        UserError: as `CutOuts`.
+    Where no object could be pasted so, that figure is left out.
     """
     _, tested = split_by_sequence([dataset.names[i] for i in held_out], 0.5)
     numbers = np.array(held_out)[tested]
-    before = dataset.labels[numbers]
-    images, labels = CutOuts(dataset, held_out).paste(
+    images, labels = cut_outs.paste(
         torch.from_numpy(dataset.images[numbers]), torch.from_numpy(numbers), 1.0,
         torch.Generator().manual_seed(seed),
     )  # fmt: skip
-    found, change = evaluate(judge, normalize(images), labels), (labels - before).sum(dim=1)
-    return shares(found, change > 0)[1], shares(found, change < 0)[1]
+    found = evaluate(judge, normalize(images), labels)
+    change = (labels - dataset.labels[numbers]).sum(dim=1)
+    kinds = {"pasted_new_exact_sets": change > 0, "pasted_twice_exact_sets": change < 0}
+    return {name: shares(found, which)[1] for name, which in kinds.items() if which.any()}
 
 
 def shares(found: Evaluation, which: Tensor) -> tuple[Interval, Interval]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from iclevr.dataset import IclevrDataset
+from runtime.output import progress_bar
 from runtime.settings import UserError
 
 LEAST_CHANGE = 16
@@ -49,7 +50,8 @@ class CutOuts:
         self.of_object: dict[int, list[int]] = defaultdict(list)
         """The pictures that each object was added in."""
         self.before = pictures_before(data.names, which)
-        for now, before in self.before.items():
+        pairs = progress_bar(self.before.items(), desc="cut objects out", unit="picture")
+        for now, before in pairs:
             new = (data.labels[now] - data.labels[before]).nonzero().flatten().tolist()
             if len(new) == 1 and data.labels[now, new[0]] == 1:
                 self.cut(data.images[now], data.images[before], now)

@@ -11,7 +11,9 @@ from PIL import Image
 
 import train_evaluator
 from iclevr.labels import decode_labels
+from judging.evaluator import Evaluator
 from runtime.settings import UserError
+from training.classifier import judge_pasted
 from training.pasting import CutOuts, pictures_before
 
 SIDE = 64
@@ -150,14 +152,28 @@ def test_a_judge_learns_from_pasted_pictures(tmp_path, capsys):
         infos.append(train_evaluator.main([*argv, "--paste", share, "--out", str(out)]))
         weights.append(torch.load(out)["model"]["fc.0.weight"])
     told = capsys.readouterr().out
-    assert told.count("exact sets with one more object pasted: a new one 0.000 [") == 1
-    assert "pasted_new_exact_sets" not in infos[0] and infos[1]["settings"]["paste"] == 1
+    assert told.count("pasted twice exact sets: 0.000 [") == 1
+    assert "pasted_twice_exact_sets" not in infos[0] and infos[1]["settings"]["paste"] == 1
     twice = infos[1]["pasted_twice_exact_sets"]
     assert 0 == twice["mean"] == twice["low"] < twice["high"] < 1  # of a network that knows nothing
     assert not torch.equal(*weights)
 
 
-def test_a_judge_is_not_trained_where_nothing_can_be_cut(world):
+def test_a_figure_without_a_picture_is_left_out():
+    """Of held-out pictures that can only get new objects, or none at all."""
+    data = sequences(2, [(5, 50), (40, 3)])
+    cuts = CutOuts(data, [*range(6)])
+    cuts.of_object = {k: [4] if k == 4 else [] for k in range(24)}  # of the last sequence: again
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE**2, 24))
+    judge = Evaluator(model.eval(), "none", None, OBJECTS)
+    assert [*judge_pasted(judge, data, [0, 1, 2, 3], cuts, 0)] == ["pasted_new_exact_sets"]
+    cuts.place = lambda *_: False
+    assert judge_pasted(judge, data, [0, 1, 2, 3], cuts, 0) == {}
+
+
+def test_a_judge_is_not_trained_where_nothing_can_be_cut(world, monkeypatch):
+    """Found before the training, though held-out pictures are judged after it."""
     argv = ["--data_dir", world, "--epochs", "1", "--device", "cpu", "--paste", "0.5"]
+    monkeypatch.setattr(train_evaluator, "fit", lambda *_: pytest.fail("trained"))
     assert "--paste: no picture" in error_of(train_evaluator.main, argv)
     assert not (world / "evaluator.pth").exists()

@@ -182,6 +182,11 @@ def test_classifier_is_asked_in_the_interval_only(plain):
     part = Reward(plain.guide, replace(CONFIG, reward=config), torch.device("cpu"))
     for step in range(4):
         plain.loss(model, LABELS, step, None)
+        differentiated = []
+        model.register_forward_pre_hook(
+            lambda _, inputs, rows=differentiated: rows.append(len(inputs[0]))
+            if torch.is_grad_enabled() else None
+        )  # fmt: skip
         loss = part.loss(model, LABELS, step, None)
         torch.testing.assert_close(part.x_t, plain.x_t)
     images, labels = plain.guide.seen[-1]
@@ -190,6 +195,7 @@ def test_classifier_is_asked_in_the_interval_only(plain):
     assert part.scheduler.timesteps.tolist() == [19, 14, 9, 4]
     asked = int(((stages == 1) | (stages == 2)).sum())
     assert 0 < asked < 6
+    assert sum(differentiated) == asked  # no work in vain
     torch.testing.assert_close(loss, off[:asked].sum() / 6)  # those that are asked come first
     never = replace(CONFIG.reward, reward_interval=(0.5, 0.6))
     with pytest.raises(UserError, match="--reward_interval 0.5 0.6: none of the 4 steps"):
