@@ -57,7 +57,7 @@ def test_shadows_and_specks_are_no_objects():
     """Soft changes stay behind; of two parts the larger is taken; next to nothing is not cut."""
     data = sequences(1, [(5, 50), (40, 3)])
     data.images[1:, :, 15:20, 50:58] = 90  # a shadow, below it
-    data.images[2, :, 60, 60] = 255
+    data.images[2, :, [1, 60], [1, 60]] = 255  # above the object, and below it
     cuts = CutOuts(data, [0, 1, 2])
     assert cuts.places[1][0].shape == (10, 8) and cuts.places[2][1:] == (40, 3)
     data.images[2] = data.images[1]
