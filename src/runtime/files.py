@@ -133,7 +133,8 @@ def lock_folder(folder: Path, remedy: str) -> FileLock:
         UserError: another process holds it, or the file is not ours; ends with `remedy`.
     """
     path, owner = folder / ".lock", folder / ".lock-owner"
-    lock = FileLock(path, timeout=0)  # the system lifts it, however a process ends
+    # The system lifts it, however a process ends; a lock by a file that is there would outlive it.
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
@@ -141,11 +142,9 @@ def lock_folder(folder: Path, remedy: str) -> FileLock:
         with contextlib.suppress(OSError, ValueError):
             who = owner.read_text(encoding="utf-8")
         raise UserError(f"{folder}: {who} works here; {remedy}") from None
-    except (OSError, NotImplementedError) as error:
-        # filelock 3.16 makes a NotImplementedError of ENOSYS; 4.3 warns, and takes a softer lock.
-        number = error.errno if isinstance(error, OSError) else errno.ENOSYS
-        why = os.strerror(number) if number else str(error)
-        if number not in UNSUPPORTED:
+    except OSError as error:
+        why = error.strerror or str(error)
+        if error.errno not in UNSUPPORTED:
             raise UserError(f"{path}: can't be locked: {why}; {remedy}") from None
         print(
             f"warning: {folder}: can't be locked here ({why}); see to it that no "

@@ -173,18 +173,32 @@ def refuse_locks(monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr(files.FileLock, "acquire", acquire)
 
 
-@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", None])
-def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys, name):
-    """NFS, Lustre, FUSE; filelock has an error of its own for some."""
-    number = getattr(errno, name) if name else None
-    refuse_locks(
-        monkeypatch, OSError(number, os.strerror(number)) if name else NotImplementedError("no")
-    )
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys, number):
+    """NFS, Lustre, FUSE."""
+    refuse_locks(monkeypatch, OSError(number, os.strerror(number)))
     with own_folder(tmp_path, None):
         pass
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {tmp_path}: can't be locked here")
     assert "see to it that no other process works in it" in warning and warning.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="flock is Unix's")
+def test_a_lock_file_that_came_along_locks_nothing(tmp_path, monkeypatch, capsys):
+    """A run's folder, copied to a file system without locks: filelock itself would wait for it."""
+    import fcntl
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for _ in range(2):
+        with own_folder(tmp_path, None):
+            pass
+    warning = f"warning: {tmp_path}: can't be locked here (Function not implemented); "
+    assert capsys.readouterr().err.count(warning) == 2
 
 
 def test_a_lock_of_another_user_ends_in_one_line(tmp_path, monkeypatch):
