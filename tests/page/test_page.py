@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 
+import gradio as gr
 import pytest
 import torch
 from conftest import error_of
@@ -18,6 +19,7 @@ from network.checkpoint import PRETRAINED
 from page.cards import cards, picker, summary
 from page.handlers import Handlers, Session
 from page.results import last_results
+from page.tabs import left_side
 from runtime.settings import DataConfig, SamplingConfig, to_dict
 
 NAMES = ["red sphere", "cyan cube"]
@@ -182,6 +184,14 @@ def test_keeping_what_is_right_begins_with_what_is_there(handlers, monkeypatch):
     drawn.clear()
     [*handlers.keep(session, *CONTROLS[:2], 50, *CONTROLS[3:])]  # another seed: others are meant
     assert len(drawn) >= 2
+
+
+def test_what_the_page_begins_with(handlers):
+    """Guidance 2, where fewer objects come twice than with more."""
+    with gr.Blocks():
+        controls = left_side(handlers)
+    assert (controls.steps.value, controls.guidance.value, controls.repeats.value) == (12, 2, 1)
+    assert controls.base.value.guidance_scale == 2
 
 
 @pytest.fixture
