@@ -172,7 +172,8 @@ def test_objects_are_clicked_and_their_pictures_come_again(visit, served, tmp_pa
     other.click("#add")
     (_, _, after) = drawn(other, 3, "#added-to", files=1)
     added, name = download(other, after.get_by_text("PNG 16"))
-    flags = [f"--{flag}={how[flag]}" for flag in ("scheduler", "num_inference_steps", "compose")]
+    settings = ("scheduler", "num_inference_steps", "guidance_scale", "resample", "compose")
+    flags = [f"--{setting}={how[setting]}" for setting in settings]
     flags += ["--seed=1", "--add=blue cube", f"--to={file}", f"--output_dir={tmp_path}"]
     written = test.main([*argv, *flags])
     assert written.name == name and written.read_bytes() == added
