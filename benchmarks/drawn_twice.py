@@ -9,7 +9,8 @@ twice. Gray objects have no hue, so conditions with one are left out, and two th
 one: what is found is the least that there is. Training pictures, which show no object twice, are
 counted for comparison where they are there.
 
-Draws the conditions by every combination of --guidance_scales and --resamples.
+Draws the conditions by every combination of --num_inference_steps, --guidance_scales and
+--resamples; of --max_evaluations at most.
 Writes table and JSON to output/benchmarks/drawn_twice/<checkpoint>/, and the pictures of the first
 draw, those with a blob too many first.
 """
@@ -81,8 +82,10 @@ class DrawnTwiceConfig(Settings):
     """Guidance scales to compare."""
     resamples: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 3)
     """How many times each step is taken."""
-    num_inference_steps: PositiveInt = 12
+    num_inference_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (12,)
     """DDPM steps."""
+    max_evaluations: PositiveInt = 1000
+    """Combinations that take more evaluations of the network for a picture are left out."""
     num_seeds: PositiveInt = 4
     """Draws of every picture."""
     device: str | None = None
@@ -158,12 +161,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     labels = labels[labels[:, uncounted].sum(dim=1) == 0]
     if not len(labels):
         raise UserError("--conditions: all hold gray objects, which can't be counted; add others")
-    rows = {}
-    for scale, resample in product(config.guidance_scales, config.resamples):
+    rows, noise = {}, bench.checkpoint.config.noise
+    ways = product(config.num_inference_steps, config.guidance_scales, config.resamples)
+    for steps, scale, resample in ways:
         sampling = SamplingConfig(
-            num_inference_steps=config.num_inference_steps, guidance_scale=scale, resample=resample
+            num_inference_steps=steps, guidance_scale=scale, resample=resample
         )
-        way = f"guidance {scale:g}, each step {resample} times"
+        cost = evaluations(noise, sampling, labels)
+        if cost > config.max_evaluations:
+            continue
+        way = f"{steps} steps, guidance {scale:g}, each step {resample} times"
         draws = []
         for seed in progress_bar(range(config.num_seeds), desc=way, unit="draw"):
             images, _ = bench.sample(labels, picture_seeds(seed, len(labels)), sampling)
@@ -171,9 +178,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             draws.append(figures)
             if seed == 0:
                 order = sorted(range(len(twice)), key=lambda n: not twice[n])
-                save_image(grid(images[order]), folder / f"guidance{scale:g}-{resample}times.png")
+                save_image(
+                    grid(images[order]), folder / f"{way.replace(', ', '-').replace(' ', '_')}.png"
+                )
         rows[way] = {name: mean_interval([draw[name] for draw in draws], 0, 1) for name in FIGURES}
-        rows[way]["evaluations"] = evaluations(bench.checkpoint.config.noise, sampling, labels)
+        rows[way]["evaluations"] = cost
+    if not rows:
+        raise UserError(f"--max_evaluations {config.max_evaluations}: leaves nothing to compare")
     head = ["sampling", "evaluations", *FIGURES.values()]
     lines = [
         [way, f"{row['evaluations']:.0f}", *(row[name] for name in FIGURES)]

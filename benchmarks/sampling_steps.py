@@ -67,6 +67,7 @@ SOLVERS = ("dpmpp", "unipc")
 RESAMPLED = {
     "ddpm 6, each step 2 times": {"num_inference_steps": 6, "resample": 2},
     "ddpm 12, each step 2 times": {"num_inference_steps": 12, "resample": 2},
+    "ddpm 12, each step 3 times": {"num_inference_steps": 12, "resample": 3},
     "ddpm 12, 4 times in 0.3-0.8": {
         "num_inference_steps": 12, "resample": 4, "resample_interval": (0.3, 0.8),
     },
@@ -95,6 +96,8 @@ class StepsConfig(Settings):
     """Guidance scale of all samplers."""
     guidance_intervals: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.2, 1.0), (0.4, 1.0))
     """Intervals of t / T in which the solvers are guided; every other sampler is always."""
+    max_evaluations: PositiveInt = 1000
+    """Samplers that take more evaluations of the network for a picture are left out."""
     rounds: PositiveInt = 3
     """Rounds of the timing."""
     timed_pictures: PositiveInt = 2
@@ -136,7 +139,11 @@ def samplers(config: StepsConfig, bench: Bench) -> dict[str, SamplingConfig]:
             print(f"{name}: left out: {error}", file=sys.stderr)
             continue
         found[name] = sampling
-    return found
+    labels = torch.cat([*bench.labels.values()])
+    cost = {
+        name: evaluations(bench.checkpoint.config.noise, how, labels) for name, how in found.items()
+    }
+    return {name: how for name, how in found.items() if cost[name] <= config.max_evaluations}
 
 
 def is_long(name: str) -> bool:
@@ -264,7 +271,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     make_folder(folder)
     chosen = samplers(config, bench)
     if len({is_long(name) for name in chosen}) < 2:
-        raise UserError(f"{config.ckpt_path}: its timesteps suit no long runs, or no short ones")
+        raise UserError(
+            f"{config.ckpt_path}: its timesteps, or --max_evaluations {config.max_evaluations}, "
+            "leave no long runs, or no short ones"
+        )
     check_steps(noise, ORIGINAL)  # before all the drawing
 
     report = summarise(draw_all(config, bench, chosen, folder))

@@ -140,7 +140,7 @@ def test_samplers_are_compared_and_draws_kept(trained, tmp_path, monkeypatch):
     noise = replace(checkpoint.config.noise, num_train_timesteps=100)
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, noise=noise))
     save_checkpoint(tmp_path / "100.pth", checkpoint)
-    steps = {"ddpm": (20,), "ddim": (10, 7), "dpmpp": (5,)}
+    steps = {"ddpm": (50, 20), "ddim": (10, 7), "dpmpp": (5,)}
     monkeypatch.setattr(sampling_steps, "STEPS", steps)
     monkeypatch.setattr(sampling_steps, "LONG", 20)
     again = {"ddpm 5, again": {"num_inference_steps": 5, "resample": 2},
@@ -148,9 +148,9 @@ def test_samplers_are_compared_and_draws_kept(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling_steps, "RESAMPLED", again)
     argv = ["--ckpt_path", tmp_path / "100.pth", "--data_dir", data, "--output_dir", tmp_path,
             "--device", "cpu", "--num_seeds", 2, "--num_fd_samples", 4, "--rounds", 1,
-            "--timed_pictures", 1]  # fmt: skip
+            "--timed_pictures", 1, "--max_evaluations", 60]  # fmt: skip
     report = sampling_steps.main([str(a) for a in argv])
-    # 7 steps do not divide 100; a guided step counts twice, in the interval only.
+    # 50 steps take too many; 7 do not divide 100; a guided step counts twice, in the interval only.
     assert {name: row["evaluations"] for name, row in report["rows"].items()} == {
         "ddpm 20": 40, "ddim 10": 20, "dpmpp 5": 10, "dpmpp 5, guided in 0.2-1": 9,
         "dpmpp 5, guided in 0.4-1": 8, "ddpm 5, again": 20,
@@ -260,16 +260,22 @@ def test_drawn_twice_compares_ways_of_sampling(trained, tmp_path):
     data, _, path = trained
     argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
             "--num_seeds", 2, "--guidance_scales", 2, "--resamples", 1, 2,
-            "--num_inference_steps", 5]  # fmt: skip
+            "--num_inference_steps", 5, 10, "--max_evaluations", 20]  # fmt: skip
     report = drawn_twice.main([str(a) for a in argv])
-    assert [row["evaluations"] for row in report["rows"].values()] == [10, 20]
+    assert {way: row["evaluations"] for way, row in report["rows"].items()} == {
+        "5 steps, guidance 2, each step 1 times": 10,
+        "5 steps, guidance 2, each step 2 times": 20,
+        "10 steps, guidance 2, each step 1 times": 20,
+    }
     for row in report["rows"].values():
         assert 0 <= row["right"]["mean"] <= min(row["exact"]["mean"], 1 - row["twice"]["mean"])
     assert report["training_pictures"]["low"] >= 0
-    assert len([*tmp_path.rglob("*.png")]) == 2 and [*tmp_path.rglob("drawn_twice.md")]
+    assert len([*tmp_path.rglob("*.png")]) == 3 and [*tmp_path.rglob("drawn_twice.md")]
     (tmp_path / "gray.json").write_text('[["gray cube", "red cube"]]')
     message = error_of(drawn_twice.main, [*argv, "--conditions", tmp_path / "gray.json"])
     assert message.startswith("--conditions: all hold gray objects")
+    message = error_of(drawn_twice.main, [*argv, "--max_evaluations", 9])
+    assert message == "--max_evaluations 9: leaves nothing to compare"
 
 
 @pytest.mark.parametrize("script", [page_pictures, first_picture])
