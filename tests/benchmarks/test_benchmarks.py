@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import adding
-import composition
 import pytest
 import torch
 from conftest import SMALL_NETWORK, error_of
 from PIL import Image
 
 import ablations
+import adding
+import composition
 import drawn_twice
 import first_picture
 import input_pipeline
@@ -25,6 +25,7 @@ import time_to_accuracy
 import training_runs
 import training_step
 import two_checkouts
+import without
 from common import model_flags
 
 from network.checkpoint import load_checkpoint, save_checkpoint
@@ -276,6 +277,40 @@ def test_drawn_twice_compares_ways_of_sampling(trained, tmp_path):
     assert message.startswith("--conditions: all hold gray objects")
     message = error_of(drawn_twice.main, [*argv, "--max_evaluations", 9])
     assert message == "--max_evaluations 9: leaves nothing to compare"
+
+
+def test_what_without_keeps_out_is_measured(trained, tmp_path):
+    data, _, path = trained
+    argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",
+            "--num_seeds", 2, "--num_pictures", 1, "--num_inference_steps", 5]  # fmt: skip
+    rows = without.main([str(a) for a in argv])["rows"]
+    assert rows.keys() == without.FIGURES.keys()
+    for row in rows.values():
+        less = row["--without"]["mean"] - row["as ever"]["mean"]
+        assert row["difference"]["mean"] == pytest.approx(less)
+    (picture,) = tmp_path.rglob("nothing_asked.png")
+    assert len([*tmp_path.rglob("without.*")]) == 2
+
+
+def test_what_is_unwanted_is_not_asked_for_and_is_looked_for():
+    asked = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 0]]).repeat(20, 1)
+    chosen = without.choose_unwanted(asked, seed=3)
+    assert (chosen.sum(dim=1) == 1).all() and not (chosen * asked).any()
+    assert torch.equal(chosen, without.choose_unwanted(asked, seed=3))
+    assert len({*map(tuple, chosen[::2].tolist())}) == 2  # now one of both, now the other
+
+    def scores(images):  # sees the first object in every picture
+        return torch.tensor([[0.9, 0.1, 0.2, 0.1]]).repeat(len(images), 1)
+
+    objects = dict(zip("abcd", range(4), strict=True))
+    judge = SimpleNamespace(scores=scores, threshold=0.5, objects=objects)
+    unwanted = {"nothing": torch.eye(4), "splits": torch.eye(4)[:2]}
+    images = {"nothing": torch.zeros(4, 3, 8, 8), "splits": torch.zeros(2, 3, 8, 8)}
+    asked = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]])
+    bench = SimpleNamespace(judge=judge)
+    assert without.figures_of(bench, images, asked, unwanted) == {
+        "unwanted": 0.25, "accuracy": pytest.approx(2 / 3), "exact": 0.5, "unwanted_beside": 0.5,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("script", [page_pictures, first_picture])
