@@ -33,7 +33,7 @@ def model_flags(model: ModelConfig) -> str:
 
 
 def shares(draws: Sequence[Draw], figure: str) -> np.ndarray:
-    """(draws,): mean of all splits, of accuracy or exact sets."""
+    """(draws,): mean of all splits, of a figure of `SHARES`."""
     key = metrics.SHARES[figure]
     values = []
     for draw in draws:

@@ -3,11 +3,10 @@
     python benchmarks/drawn_twice.py                   # the pretrained network
 
 A judge of the course's kind scores every object as there or not there, so a scene with two cyan
-cylinders where one was asked for counts as exact. Here coloured blobs are counted: pixels of one
-hue that hang together. More of them than objects of that colour were asked for is an object drawn
-twice. Gray objects have no hue, so conditions with one are left out, and two that touch count as
-one: what is found is the least that there is. Training pictures, which show no object twice, are
-counted for comparison where they are there.
+cylinders where one was asked for counts as exact. src/judging/counting.py counts by color, and
+src/test.py reports it; here several ways of sampling are set side by side, on conditions without
+gray objects, which can't be counted. Training pictures, which show no object twice, are counted for
+comparison where they are there.
 
 Draws the conditions by every combination of --num_inference_steps, --guidance_scales and
 --resamples; of --max_evaluations at most.
@@ -15,14 +14,12 @@ Writes table and JSON to output/benchmarks/drawn_twice/<checkpoint>/, and the pi
 draw, those with a blob too many first.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -33,6 +30,7 @@ from diffusion.sampling import evaluations
 from iclevr.dataset import IclevrDataset
 from iclevr.labels import decode_labels
 from judging.bench import Bench, open_bench
+from judging.counting import color_of, too_many
 from judging.evaluator import evaluate
 from judging.figures import grid, save_image, save_text
 from judging.intervals import Interval, mean_interval, proportion_interval
@@ -53,15 +51,6 @@ from runtime.settings import (
     to_dict,
 )
 
-HUES = {
-    "red": 0.002, "brown": 0.097, "yellow": 0.156, "green": 0.305, "cyan": 0.497, "blue": 0.624,
-    "purple": 0.789,
-}  # fmt: skip
-"""In turns of the colour circle: means of 25 training pictures of the stand-in with one object."""
-LEAST_CHROMA = 0.08
-"""Of values in [0, 1]: what is paler is ground."""
-LEAST_PIXELS = 10
-"""Of a picture of 64x64; smaller blobs are edges in a colour between two others."""
 FIGURES = {
     "accuracy": "accuracy",
     "exact": "exact sets, by the judge",
@@ -95,45 +84,13 @@ class DrawnTwiceConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
 
 
-def blobs_too_many(image: Tensor, names: Sequence[str]) -> int:
-    """How many coloured blobs a picture has beyond the objects asked for.
-
-    Args:
-        image: (3, S, S) in [-1, 1].
-        names: the objects, such as "red cube"; gray ones are not looked at.
-    """
-    from scipy import ndimage
-
-    asked = Counter(name.split()[0] for name in names if name.split()[0] in HUES)
-    if not asked:
-        return 0
-    red, green, blue = rgb = image.numpy() / 2 + 0.5
-    chroma = rgb.max(0) - rgb.min(0)
-    hue = np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue) / (2 * np.pi)
-    apart = np.stack([np.abs((hue - HUES[color] + 0.5) % 1 - 0.5) for color in HUES])
-    nearest, least = apart.argmin(0), LEAST_PIXELS * (image.shape[-1] / 64) ** 2
-    extra = 0
-    for color, count in asked.items():
-        shown = (chroma > LEAST_CHROMA) & (nearest == [*HUES].index(color))
-        parts, found = ndimage.label(shown, np.ones((3, 3)))
-        sizes = ndimage.sum(shown, parts, range(1, found + 1)) if found else np.zeros(0)
-        extra += max(0, int((np.asarray(sizes) >= least).sum()) - count)
-    return extra
-
-
-def counted(bench: Bench, labels: Tensor, images: Tensor) -> tuple[dict[str, float], list[bool]]:
-    """The figures of one draw, and which pictures have a blob too many."""
-    asked = [decode_labels(row, bench.judge.objects) for row in labels]
-    twice = [blobs_too_many(image, row) > 0 for image, row in zip(images, asked, strict=True)]
+def counted(bench: Bench, labels: Tensor, images: Tensor) -> tuple[dict[str, float], Tensor]:
+    """The figures of one draw, and which pictures (N,) have a blob too many."""
     found = evaluate(bench.judge, images, labels)
-    exact, double = found.exact.bool(), torch.tensor(twice)
-    figures = {
-        "accuracy": found.accuracy,
-        "exact": exact.float().mean().item(),
-        "twice": double.float().mean().item(),
-        "right": (exact & ~double).float().mean().item(),
-    }
-    return figures, twice
+    twice = found.too_many > 0
+    shares = {"exact": found.exact, "twice": twice, "right": found.once}
+    means = {name: values.float().mean().item() for name, values in shares.items()}
+    return {"accuracy": found.accuracy, **means}, twice
 
 
 def in_training(bench: Bench, most: int = 1000) -> Interval | None:
@@ -144,11 +101,10 @@ def in_training(bench: Bench, most: int = 1000) -> Interval | None:
     data = IclevrDataset(
         paths.data_dir, paths.image_dir, "train", bench.model.image_size, paths.cache_dir
     )
-    found = [
-        blobs_too_many(data[i][0], decode_labels(data.labels[i], data.objects)) > 0
-        for i in range(0, len(data), max(1, len(data) // most))
-    ]
-    return proportion_interval(sum(found), len(found))
+    these = range(0, len(data), max(1, len(data) // most))
+    images = torch.stack([data[i][0] for i in these])
+    twice = too_many(images, data.labels[[*these]], data.objects) > 0
+    return proportion_interval(int(twice.sum()), len(twice))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -157,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = config.output_dir / f"{bench.run_name}-{bench.blob[:10]}"
     make_folder(folder)
     labels = torch.cat([*bench.labels.values()])
-    uncounted = [name.split()[0] not in HUES for name in bench.judge.objects]
+    names = decode_labels(torch.ones(labels.shape[1]), bench.judge.objects)  # in their order
+    uncounted = [color_of(name) is None for name in names]
     labels = labels[labels[:, uncounted].sum(dim=1) == 0]
     if not len(labels):
         raise UserError("--conditions: all hold gray objects, which can't be counted; add others")

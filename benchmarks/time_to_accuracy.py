@@ -97,8 +97,9 @@ def summary(report: dict) -> str:
     goal = original[-1]["accuracy"]["mean"]
     reached = next((p["minutes"] for p in ours if p["accuracy"]["mean"] >= goal), None)
     at = "none of its checkpoints" if reached is None else f"the checkpoint of minute {reached:.0f}"
+    head = ["recipe", "minutes", "steps", "accuracy", "exact sets", "nothing twice"]
     return "\n".join([
-        markdown(["recipe", "minutes", "steps", "accuracy", "exact sets"], rows), "",
+        markdown(head, rows), "",
         caption(report),
         f"the original's {goal:.3f} after {original[-1]['minutes']:.0f} minutes is reached by ours "
         f"at {at}",

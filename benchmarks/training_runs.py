@@ -188,7 +188,7 @@ def score_all(
         notes: name -> what else to keep there.
 
     Returns:
-        the content of `path`: {"points": {name: {"accuracy", "exact_sets": intervals, "draws":
+        the content of `path`: {"points": {name: {figures of `SHARES`: intervals, "draws":
         each seed's values, "step", "minutes" and "pictures" of its training}}, "judge" ...}.
 
     Raises:
@@ -196,6 +196,7 @@ def score_all(
     """
     _, judge = check_data(data)
     how = {"sampling": to_dict(sampling), "seeds": num_seeds, "judge_hash": judge}
+    how["figures"] = [*SHARES]
     report = how | {"points": {}}
     if path.exists():
         report = read_json(path)

@@ -21,7 +21,7 @@ from diffusion.schedule import unscale
 from iclevr.dataset import DataPaths, find_data
 from iclevr.labels import condition_files, read_conditions, read_objects
 from judging.evaluator import Evaluation, Evaluator, evaluate, git_blob_hash, load_evaluator
-from judging.metrics import Record, record
+from judging.metrics import SHARES, Record, record
 from judging.realism import Reference, draw_conditions, frechet_distance, load_reference
 from network.checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_model
 from network.model import DiffusionModel
@@ -269,6 +269,7 @@ def settings_key(num_fd_samples: int, bench: Bench, sampling: SamplingConfig) ->
     if sampling.compose == "joint":  # draws from before there was a choice stay what they were
         del how["compose"]
     parts = {
+        "figures": [*SHARES],  # draws from before there was one of them lack it
         "checkpoint": bench.blob,
         "judge": bench.judge and bench.judge.blob,
         "guide": bench.guide and bench.guide.blob if bench.guide is not bench.judge else None,

@@ -13,7 +13,7 @@ from diffusion.samplers import StepsError, check_steps
 from diffusion.sampling import relay
 from iclevr.labels import decode_labels, encode_condition
 from judging.bench import Bench
-from judging.evaluator import Evaluation, judge_scores
+from judging.evaluator import Evaluation, judge_pictures
 from judging.realism import nearest
 from runtime.files import read_json
 from runtime.seeds import picture_seeds
@@ -79,8 +79,6 @@ class Picture:
     drawing: Drawing
     image: Tensor
     """(3, S, S) in [-1, 1]."""
-    scores: Tensor
-    """(K,): the judge's, in [0, 1]."""
     found: Evaluation
     tries: int = 1
     nearest: Tensor | None = None
@@ -90,14 +88,13 @@ class Picture:
 
     @property
     def right(self) -> bool:
-        """Whether the judge sees exactly what was asked for."""
-        return bool(self.found.exact)
+        """Whether the judge sees exactly what was asked for, and nothing stands there twice."""
+        return bool(self.found.once)
 
 
 class Judged(Protocol):
     """Whatever the judge has looked at: a `Picture`, an `Addition`."""
 
-    scores: Tensor
     found: Evaluation
 
 
@@ -190,9 +187,7 @@ def draw(bench: Bench, drawing: Drawing) -> Generator[Tensor, None, Picture]:
     labels = encode_condition(drawing.objects, drawing.without, known)[None]
     steps = bench.watch(labels, picture_seeds(drawing.seed, 1), drawing.sampling)
     images = yield from relay(steps, lambda batch: batch[0])
-    scores = bench.judge.scores(images)
-    found = judge_scores(scores, labels.clamp(min=0), bench.judge.threshold, known)
-    return Picture(drawing, images[0], scores[0], found)
+    return Picture(drawing, images[0], judge_pictures(bench.judge, images, labels.clamp(min=0)))
 
 
 def _draw_into(
@@ -250,5 +245,5 @@ def seen(picture: Judged, objects: dict[str, int]) -> list[tuple[str, float, Lit
     for name in decode_labels(asked | detected, objects):
         k = objects[name]
         kind = "extra" if not asked[k] else "right" if detected[k] else "missing"
-        rows.append((name, float(picture.scores[k]), kind))
+        rows.append((name, float(picture.found.scores[0, k]), kind))
     return sorted(rows, key=lambda row: ("right", "missing", "extra").index(row[2]))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from iclevr.dataset import resize
+from judging.counting import too_many
 from network.checkpoint import load_weights, read_tensors
 from runtime.settings import UserError
 
@@ -167,9 +168,11 @@ def git_blob_hash(path: Path) -> str:
 class Evaluation:
     """What the judge found in N pictures, picture by picture; `metrics.py` sums it up.
 
-    All are on the CPU; but for labels, detected and confusion (N,) integers.
+    All are on the CPU; but for the first three and confusion (N,) integers.
     """
 
+    scores: Tensor
+    """(N, K): the judge's, in [0, 1]."""
     labels: Tensor
     """(N, K) bool: objects asked for."""
     detected: Tensor
@@ -182,6 +185,8 @@ class Evaluation:
     """Objects asked for that came in another shape."""
     confusion: Tensor
     """(K + 1, K + 1) counts: row asked for, column found; the last row and column: nothing."""
+    too_many: Tensor
+    """Objects of a color beyond those asked for, see counting.py; the judge can't tell."""
 
     @property
     def total(self) -> Tensor:
@@ -197,6 +202,11 @@ class Evaluation:
     def exact(self) -> Tensor:
         """1 where the detected objects are exactly those asked for."""
         return (self.detected == self.labels).all(dim=1).long()
+
+    @property
+    def once(self) -> Tensor:
+        """1 where they are, and none of them stands there twice as far as colors tell."""
+        return self.exact * (self.too_many == 0)
 
     @property
     def missing(self) -> Tensor:
@@ -220,7 +230,14 @@ def evaluate(evaluator: Evaluator, images: Tensor, labels: Tensor) -> Evaluation
         ValueError: the pictures are in another range.
     """
     check_range(images)
-    return judge_scores(evaluator.scores(images), labels, evaluator.threshold, evaluator.objects)
+    return judge_pictures(evaluator, images, labels)
+
+
+def judge_pictures(evaluator: Evaluator, images: Tensor, labels: Tensor) -> Evaluation:
+    """As `evaluate`, of pictures known to be in [-1, 1]: a single one may hold nothing dark."""
+    scores = evaluator.scores(images)
+    found = judge_scores(scores, labels, evaluator.threshold, evaluator.objects)
+    return replace(found, too_many=too_many(images, labels, evaluator.objects))
 
 
 def check_range(images: Tensor) -> None:
@@ -241,7 +258,7 @@ def check_range(images: Tensor) -> None:
 def judge_scores(
     scores: Tensor, labels: Tensor, threshold: float, objects: dict[str, int]
 ) -> Evaluation:
-    """As `evaluate`, from scores (N, K) in [0, 1].
+    """As `evaluate`, from scores (N, K) in [0, 1]; how often something is there they don't tell.
 
     Each missing object is matched with an extra one of the same picture as far as they go: those
     that share shape or color first, as such a pair is most likely one object drawn wrong.
@@ -268,7 +285,10 @@ def judge_scores(
         color_errors[n] = sum(colors[m] != colors[e] for m, e in taken_for.items())
         shape_errors[n] = sum(shapes[m] != shapes[e] for m, e in taken_for.items())
     correct = course_correct(scores, labels)
-    return Evaluation(wanted, detected, correct, color_errors, shape_errors, confusion)
+    nothing_known = torch.zeros(len(labels), dtype=torch.long)
+    return Evaluation(
+        scores, wanted, detected, correct, color_errors, shape_errors, confusion, nothing_known
+    )
 
 
 def course_correct(scores: Tensor, labels: Tensor) -> Tensor:

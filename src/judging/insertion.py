@@ -15,7 +15,7 @@ from iclevr.image_cache import read_image
 from iclevr.labels import decode_labels, encode_labels, parse_prompt
 from judging.bench import Bench
 from judging.drawing import file_name, plan, read_drawing
-from judging.evaluator import Evaluation, judge_scores
+from judging.evaluator import Evaluation, judge_pictures
 from runtime.files import read_json
 from runtime.seeds import picture_seeds
 from runtime.settings import SamplingConfig, UserError, to_dict
@@ -41,10 +41,8 @@ class Addition:
     image: Tensor
     """(3, S, S) in [-1, 1]: what has become of it."""
     judge: str | None = None
-    scores: Tensor | None = None
-    """(K,): the judge's, in [0, 1]."""
     found: Evaluation | None = None
-    """Both are None where there is no judge."""
+    """None where there is no judge."""
     seen_before: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
     """What the judge sees, before and now."""
@@ -204,12 +202,10 @@ def add(
     )
     if bench.judge is None:
         return drawn
-    scores = bench.judge.scores(images)
-    found = judge_scores(scores, after, bench.judge.threshold, objects)
+    found = judge_pictures(bench.judge, images, after)
     return replace(
         drawn,
         judge=bench.judge_name(sampling),
-        scores=scores[0],
         found=found,
         seen_before=tuple(detected(bench, image)),
         seen=tuple(decode_labels(found.detected[0], objects)),

@@ -11,7 +11,7 @@ import numpy as np
 from judging.evaluator import Evaluation
 from judging.intervals import Interval, accuracy_interval, mean_interval
 
-SHARES = {"accuracy": "correct", "exact_sets": "exact"}
+SHARES = {"accuracy": "correct", "exact_sets": "exact", "exact_once": "once"}
 """Figures that are shares, and their name in a record."""
 COUNTS = ("missing", "extra", "color_errors", "shape_errors")
 """Figures per picture."""
@@ -21,7 +21,7 @@ Record = dict[str, list[int]]
 
 def record(evaluation: Evaluation) -> Record:
     """What can be summed up later, JSON-able."""
-    names = ("total", "correct", "exact", *COUNTS)
+    names = ("total", *SHARES.values(), *COUNTS)
     return {name: getattr(evaluation, name).tolist() for name in names}
 
 
@@ -29,17 +29,19 @@ def summarise(records: Sequence[Record]) -> dict[str, Interval]:
     """Every figure over draws of the same conditions, one record a draw.
 
     accuracy: the course's, and accuracy_1, accuracy_2 ... for pictures of so many objects;
-    exact_sets: share of pictures with exactly the objects asked for; missing, extra,
-    color_errors, shape_errors: objects per picture. Intervals of shares: Wilson's for one draw,
-    else Student's t over draws; of numbers per picture: t over draws, or over pictures for one.
+    exact_sets: share of pictures with exactly the objects asked for, exact_once: and with none of
+    them twice; missing, extra, color_errors, shape_errors: objects per picture.
+    Intervals of shares: Wilson's for one draw, else Student's t over draws; of numbers per picture:
+    t over draws, or over pictures for one.
     """
-    total, correct, exact, *counts = (
-        np.array([r[name] for r in records]) for name in ("total", "correct", "exact", *COUNTS)
+    total, correct, exact, once, *counts = (
+        np.array([r[name] for r in records]) for name in ("total", *SHARES.values(), *COUNTS)
     )
     total = total[0]
     figures = {
         "accuracy": accuracy_interval(correct.sum(axis=1).tolist(), int(total.sum())),
         "exact_sets": accuracy_interval(exact.sum(axis=1).tolist(), len(total)),
+        "exact_once": accuracy_interval(once.sum(axis=1).tolist(), len(total)),
     } | {name: count_interval(values) for name, values in zip(COUNTS, counts, strict=True)}
     for size in np.unique(total).tolist():
         these = total == size
@@ -62,7 +64,7 @@ def count_interval(counts: np.ndarray) -> Interval:
 
 
 def paired_difference(first: Sequence[Record], second: Sequence[Record], name: str) -> Interval:
-    """How much more `first` finds than `second` in the same pictures, of accuracy or exact sets.
+    """How much more `first` finds than `second` in the same pictures, of a figure of `SHARES`.
 
     Two judges that score the same draws: Student's t over all pictures, each weighted by its
     objects for accuracy.
@@ -80,7 +82,7 @@ def split_means(draws: Sequence[dict[str, Record]], figure: str) -> np.ndarray:
 
     Args:
         draws: split -> record.
-        figure: accuracy or exact_sets.
+        figure: of `SHARES`.
     """
     rows = []
     for records in draws:

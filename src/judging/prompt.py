@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iclevr.labels import encode_condition, parse_prompt
+from iclevr.labels import decode_labels, encode_condition, encode_labels, parse_prompt
 from judging.bench import Bench
 from judging.drawing import plan
+from judging.evaluator import judge_pictures
 from judging.figures import save_image, strip
-from judging.insertion import add, described_objects, detected, objects_in, open_picture
+from judging.insertion import add, described_objects, objects_in, open_picture
 from runtime import processes
 from runtime.files import write_json
 from runtime.seeds import picture_seeds
@@ -66,10 +67,13 @@ def draw_prompt(
         print(f"asked for: {', '.join(names)}{but}\n{path}")
         if bench.judge is None:
             return path
-        seen = ", ".join(detected(bench, images[-1])) or "nothing"
+        found = judge_pictures(bench.judge, images[-1:], encode_labels(names, objects)[None])
+        seen = ", ".join(decode_labels(found.detected[0], objects)) or "nothing"
         judge = bench.judge_name(sampling)
         print(f"judge ({judge}) sees: {seen}")
-        if set(seen.split(", ")) != set(names):
+        if found.too_many:
+            print(f"of a color that was asked for there are {int(found.too_many)} too many")
+        if not found.once:
             print(f"not the same; --seed {seed + 1} draws another picture")
     return path
 

@@ -74,9 +74,10 @@ def _image(image: Tensor, text: str) -> str:
 
 def _verdict(found: Evaluation, tries: int = 1) -> str:
     draws = f" after {tries} draws" if tries > 1 else ""
-    if found.exact:
+    if found.once:
         return f"right{draws}"
-    counts = {"missing": int(found.missing), "extra": int(found.extra)}
+    twice = int(found.too_many) if found.exact else 0
+    counts = {"missing": int(found.missing), "extra": int(found.extra), "there twice": twice}
     return ", ".join(f"{n} {what}" for what, n in counts.items() if n) + draws
 
 
@@ -180,7 +181,7 @@ def before_and_after(
         f'<article class="card"><h3>Drawn anew</h3><div class="frame">{_image(cut_out, added)}'
         f'</div><p class="near"><span>{drawn.share_drawn_anew:.0%} of the picture, for '
         f"{escape(added)}</span></p></article>"
-        f'<article class="card {"right" if drawn.found.exact else "wrong"}"><h3>After</h3>'
+        f'<article class="card {"right" if drawn.found.once else "wrong"}"><h3>After</h3>'
         f'<div class="frame">{_image(drawn.image, names)}</div>'
         f'<p class="verdict"><b>{_verdict(drawn.found)}</b><span>seed {drawn.seed}</span></p>'
         f'<ul class="seen">{_rows(drawn, objects)}</ul>'

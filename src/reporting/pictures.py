@@ -94,10 +94,12 @@ def is_number(value: Any) -> bool:
 
 def tests_chart(tests: dict[str, Test]) -> str:
     """Accuracy and exact sets of several tests, by their names, with intervals."""
+    known = [found for test in tests.values() for found in test.figures.values()]
+    shares = [name for name in SHARES if all(name in found for found in known)]
     figure, axes_of = plt.subplots(
-        1, len(SHARES), figsize=(8, 0.9 + 0.42 * len(tests)), sharey=True, layout="constrained"
+        1, len(shares), figsize=(8, 0.9 + 0.42 * len(tests)), sharey=True, layout="constrained"
     )
-    for axes, figure_name in zip(axes_of, SHARES, strict=True):
+    for axes, figure_name in zip(axes_of, shares, strict=True):
         splits = list(next(iter(tests.values())).figures)
         for number, split in enumerate(splits):
             lift, color = 0.48 * ((number + 0.5) / len(splits) - 0.5), split_color(number)

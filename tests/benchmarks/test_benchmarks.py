@@ -217,46 +217,6 @@ def test_objects_are_added(trained, tmp_path, monkeypatch):
     assert [*tmp_path.rglob("each_step_once.png")] and [*tmp_path.rglob("adding.md")]
 
 
-def scene(*squares):
-    """(3, 64, 64), gray ground with squares: (colour in [0, 1], y, x, side)."""
-    image = torch.full((3, 64, 64), 0.45)
-    for color, y, x, side in squares:
-        image[:, y : y + side, x : x + side] = torch.tensor(color)[:, None, None]
-    return image * 2 - 1
-
-
-def test_what_is_drawn_twice_is_counted():
-    red, brown, yellow, gray = (0.5, 0.3, 0.3), (0.5, 0.41, 0.3), (0.6, 0.58, 0.3), (0.3, 0.3, 0.3)
-    asked = ["red cube", "brown sphere"]
-    once = scene((red, 10, 10, 6), (brown, 40, 40, 6))
-    assert drawn_twice.blobs_too_many(once, asked) == 0
-    assert drawn_twice.blobs_too_many(once, [*asked, "red sphere"]) == 0  # one is missing
-    twice = scene((red, 10, 10, 6), (red, 10, 30, 6), (red, 30, 10, 6), (brown, 40, 40, 6))
-    assert drawn_twice.blobs_too_many(twice, asked) == 2
-    assert drawn_twice.blobs_too_many(twice, [*asked, "red sphere"]) == 1
-    touching = scene((red, 10, 10, 6), (red, 16, 16, 6), (gray, 40, 10, 6), (gray, 40, 40, 6))
-    assert drawn_twice.blobs_too_many(touching, ["red cube", "gray cube"]) == 0
-    assert drawn_twice.blobs_too_many(touching, ["gray cube"]) == 0
-    specks = scene((red, 10, 10, 6), (red, 40, 40, 3), (yellow, 40, 10, 6))
-    assert drawn_twice.blobs_too_many(specks, ["red cube", "yellow cube"]) == 0
-    assert drawn_twice.blobs_too_many(twice[:, ::2, ::2], asked) == 2
-    both = scene((brown, 10, 10, 6), (yellow, 40, 10, 6), (yellow, 40, 40, 6))
-    assert drawn_twice.blobs_too_many(both, ["brown cube", "yellow cube"]) == 1
-
-
-def test_right_is_exact_and_nothing_twice(monkeypatch):
-    """Of four pictures: right, twice, not exact, both."""
-    red = (0.5, 0.3, 0.3)
-    once, twice = scene((red, 10, 10, 6)), scene((red, 10, 10, 6), (red, 40, 40, 6))
-    found = SimpleNamespace(accuracy=0.75, exact=torch.tensor([1, 1, 0, 0]))
-    monkeypatch.setattr(drawn_twice, "evaluate", lambda *_: found)
-    bench = SimpleNamespace(judge=SimpleNamespace(objects={"red cube": 0}))
-    images = torch.stack([once, twice, once, twice])
-    figures, doubled = drawn_twice.counted(bench, torch.ones(4, 1), images)
-    assert doubled == [False, True, False, True]
-    assert figures == {"accuracy": 0.75, "exact": 0.5, "twice": 0.5, "right": 0.25}
-
-
 def test_drawn_twice_compares_ways_of_sampling(trained, tmp_path):
     data, _, path = trained
     argv = ["--ckpt_path", path, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu",

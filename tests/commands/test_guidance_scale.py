@@ -117,7 +117,8 @@ def fake_record(rng, asked, rate):
     correct = rng.binomial(asked, rate)
     zero = [0] * len(asked)
     return {"total": asked, "correct": correct.tolist(),
-            "exact": (correct == asked).astype(int).tolist(), "missing": zero, "extra": zero,
+            "exact": (correct == asked).astype(int).tolist(),
+            "once": (correct == asked).astype(int).tolist(), "missing": zero, "extra": zero,
             "color_errors": zero, "shape_errors": zero}  # fmt: skip
 
 

@@ -126,8 +126,9 @@ def test_its_figures_are_those_of_the_json_files(tested, page):
     head, *rows = page.tables["figures"]
     assert head == ["figure", "test", "new_test"]
     figures = {name: values for name, *values in rows}
-    assert len(figures) == len(of["figures"]["test"]) == 9
+    assert len(figures) == len(of["figures"]["test"]) == 10
     for name, key in (("course accuracy", "accuracy"), ("exact sets", "exact_sets"),
+                      ("exact sets, nothing twice", "exact_once"),
                       ("extra, objects per picture", "extra"),
                       ("accuracy, objects in the scene: 2", "accuracy_2")):  # fmt: skip
         assert figures[name] == [flat(of["figures"][s][key]) for s in ("test", "new_test")]
@@ -138,12 +139,12 @@ def test_its_figures_are_those_of_the_json_files(tested, page):
         of = load(tested, f"{pattern}/accuracies.json")
         assert row[1:3] == [f"{of['evaluations']:g}", str(of["num_seeds"])]
         assert of["evaluations"] == 10
-        assert row[3:7] == [
+        assert row[3:9] == [
             flat(of["figures"][split][figure])
-            for figure in ("accuracy", "exact_sets") for split in ("test", "new_test")
+            for figure in ("accuracy", "exact_sets", "exact_once") for split in ("test", "new_test")
         ]  # fmt: skip
         distance = flat(of["frechet_distance"]) + "4 pictures" if "frechet_distance" in of else ""
-        assert row[7].replace(" 4 pictures", "4 pictures") == distance
+        assert row[9].replace(" 4 pictures", "4 pictures") == distance
 
     of = load(tested, "guidance_scale/*/sweep.json")
     head, *rows = page.tables["narrow sweep"]

@@ -90,16 +90,15 @@ def test_a_json_of_something_else_is_refused(trained, bench, tmp_path):
     assert "name it with --ckpt_path" in error_of(test.main, argv)
 
 
-def judged(bench, asked, found):
-    """A picture in which the judge finds these objects."""
+def judged(bench, asked, found, too_many=0):
+    """A picture in which the judge finds these objects, and so many of a color too many."""
     index = bench.checkpoint.objects
     labels, scores = torch.zeros(1, 24), torch.full((1, 24), 0.02)
     labels[0, [index[name] for name in asked]] = 1
     scores[0, [index[name] for name in found]] = 0.97
-    return Picture(
-        plan(bench, asked, 0, DDIM), torch.zeros(3, 16, 16), scores[0],
-        judge_scores(scores, labels, 0.5, index),
-    )  # fmt: skip
+    found = judge_scores(scores, labels, 0.5, index)
+    found = replace(found, too_many=torch.tensor([too_many]))
+    return Picture(plan(bench, asked, 0, DDIM), torch.zeros(3, 16, 16), found)
 
 
 def test_what_the_judge_sees_is_named_with_scores(bench):
@@ -110,6 +109,7 @@ def test_what_the_judge_sees_is_named_with_scores(bench):
     assert found == [("cyan cube", 0.97, "right"), ("red sphere", 0.02, "missing"),
                      ("gray cube", 0.97, "extra")]  # fmt: skip
     assert not picture.right and judged(bench, NAMES, NAMES).right
+    assert not judged(bench, NAMES, NAMES, too_many=1).right  # one stands there twice
 
 
 def test_what_is_right_is_kept_and_the_rest_drawn_again(bench, monkeypatch):

@@ -33,15 +33,16 @@ def handlers(trained):
     return Handlers(open_bench(path, DataConfig(data_dir=data), "cpu"))
 
 
-def picture_of(handlers, found, **more):
-    """A picture of NAMES in which the judge finds these objects."""
+def picture_of(handlers, found, too_many=0, **more):
+    """A picture of NAMES in which the judge finds these objects, so many of a color too many."""
     index = handlers.objects
     labels, scores = torch.zeros(1, 24), torch.full((1, 24), 0.02)
     labels[0, [index[name] for name in NAMES]] = 1
     scores[0, [index[name] for name in found]] = 0.97
     found = judge_scores(scores, labels, 0.5, index)
+    found = replace(found, too_many=torch.tensor([too_many]))
     drawing = plan(handlers.bench, NAMES, 3, DDIM)
-    return Picture(drawing, torch.zeros(3, 16, 16), scores[0], found, **more)
+    return Picture(drawing, torch.zeros(3, 16, 16), found, **more)
 
 
 def files_of(html):
@@ -57,6 +58,8 @@ def test_right_and_wrong_are_marked(handlers):
     assert rows == [("right", "cyan cube", "0.97"), ("missing", "red sphere", "0.02"),
                     ("extra", "gray cube", "0.97")]  # fmt: skip
     assert "nearest" not in html
+    html = cards([picture_of(handlers, NAMES, too_many=2)], handlers.objects)
+    assert 'class="card wrong"' in html and "<b>2 there twice</b>" in html
     near = {"nearest": torch.ones(3, 64, 64), "rms": 7.25, "tries": 3}
     picture = picture_of(handlers, NAMES, **near)
     html = cards([picture], handlers.objects)
@@ -235,6 +238,7 @@ def test_whether_it_was_added_is_said(handlers, empty_ground, monkeypatch):
     *_, (_, _, session) = handlers.draw(Session(), *CONTROLS)
     sees = {}
     monkeypatch.setattr(type(handlers.bench.judge), "scores", lambda *_: sees["scores"])
+    monkeypatch.setattr("judging.evaluator.too_many", lambda *_: torch.tensor([0]))
     for seen, words, kinds in (
         ([*NAMES, "gray cube"], "<b>Added</b>: gray cube; what was there still is.", ["right"] * 3),
         ([*NAMES, "blue cube"], "<b>Not added: gray cube</b>; Again tries the next seed.",

@@ -134,8 +134,8 @@ def test_preview_reports_all_figures(trained, tmp_path):
         ["--data_dir", str(data), "--output_dir", str(tmp_path), "--epochs", "1", "--wandb",
          "disabled", "--device", "cpu", "--preview_fd_samples", "6", *SMALL_NETWORK]
     )  # fmt: skip
-    names = {"accuracy", "exact_sets", "missing", "extra", "color_errors", "shape_errors",
-             "frechet_distance"}  # fmt: skip
+    names = {"accuracy", "exact_sets", "exact_once", "missing", "extra", "color_errors",
+             "shape_errors", "frechet_distance"}  # fmt: skip
     assert {f"preview_{name}" for name in names} <= records(tmp_path / "ddpm-cfg-v1")[-1].keys()
 
 
