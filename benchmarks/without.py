@@ -38,6 +38,7 @@ from runtime.settings import (
     PositiveInt,
     SamplingConfig,
     Settings,
+    UserError,
     parse_args,
     run,
     to_dict,
@@ -99,6 +100,8 @@ def figures_of(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_args(WithoutConfig, argv)
+    if config.guidance_scale == 0:
+        raise UserError("--guidance_scale 0: heeds nothing that is unwanted; raise it")
     bench = open_bench(config.ckpt_path, config.data, config.device)
     folder = config.output_dir / f"{bench.run_name}-{bench.blob[:10]}"
     make_folder(folder)

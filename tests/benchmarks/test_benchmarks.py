@@ -248,8 +248,9 @@ def test_what_without_keeps_out_is_measured(trained, tmp_path):
     for row in rows.values():
         less = row["--without"]["mean"] - row["as ever"]["mean"]
         assert row["difference"]["mean"] == pytest.approx(less)
-    (picture,) = tmp_path.rglob("nothing_asked.png")
+    assert len([*tmp_path.rglob("nothing_asked.png")]) == 1
     assert len([*tmp_path.rglob("without.*")]) == 2
+    assert "heeds nothing" in error_of(without.main, [*argv, "--guidance_scale", 0])
 
 
 def test_what_is_unwanted_is_not_asked_for_and_is_looked_for():
