@@ -2,12 +2,14 @@
 
     python benchmarks/without.py                       # the pretrained network
 
-Two questions, each answered from the same noise with and without an unwanted object:
+Three questions, each answered from the same noise with and without an unwanted object:
 
 nothing asked for   pictures of no condition show every object now and then; how often do they when
                     it is unwanted? Every object in turn.
 both splits         the conditions of test.json and new_test.json, each with an unwanted object
                     drawn from those that it does not name: are the others still there?
+what came unasked   where the judge sees an object that was not asked for, the same picture is drawn
+                    again without it, as a user would: is it gone, and is the scene right then?
 
 Writes table and JSON to output/benchmarks/without/<checkpoint>/, and the pictures of the first draw
 of nothing asked for: columns of objects, without and with that one unwanted.
@@ -24,7 +26,7 @@ from torch import Tensor
 from common import machine
 
 from judging.bench import Bench, open_bench
-from judging.evaluator import evaluate
+from judging.evaluator import Evaluator, evaluate
 from judging.figures import grid, save_image, save_text
 from judging.intervals import Interval, mean_interval
 from judging.metrics import markdown
@@ -49,6 +51,8 @@ FIGURES = {
     "accuracy": "accuracy, both splits",
     "exact": "exact sets, both splits",
     "unwanted_beside": "the unwanted object there, both splits",
+    "unasked": "objects there that were not asked for, those then unwanted, both splits",
+    "mended": "exact sets, where only what came unasked is unwanted, both splits",
 }
 
 
@@ -80,22 +84,41 @@ def choose_unwanted(labels: Tensor, seed: int) -> Tensor:
     return torch.zeros_like(labels).scatter_(1, chosen, 1)
 
 
+def seen(judge: Evaluator, images: Tensor) -> Tensor:
+    """(N, K) bool: which objects the judge sees."""
+    return judge.scores(images) >= judge.threshold
+
+
 def figures_of(
-    bench: Bench, images: dict[str, Tensor], asked: Tensor, unwanted: dict[str, Tensor]
+    judge: Evaluator, images: dict[str, Tensor], asked: Tensor, unwanted: dict[str, Tensor]
 ) -> dict[str, float]:
-    """The figures of one draw; pictures and unwanted objects of "nothing" and of "splits"."""
+    """The figures of one draw: pictures of "nothing", of the "splits", and of these once more,
+    where what came "unasked" is unwanted; unwanted objects of each, (N, K)."""
     there = {
-        name: ((bench.judge.scores(of) >= bench.judge.threshold) & unwanted[name].bool())
-        .any(dim=1).float().mean().item()
+        name: (seen(judge, of) & unwanted[name].bool()).any(dim=1).float().mean().item()
         for name, of in images.items()
-    }  # fmt: skip
-    found = evaluate(bench.judge, images["splits"], asked)
+    }
+    found = evaluate(judge, images["splits"], asked)
     return {
         "unwanted": there["nothing"],
         "accuracy": found.accuracy,
         "exact": found.exact.float().mean().item(),
         "unwanted_beside": there["splits"],
+        "unasked": there["unasked"],
+        "mended": evaluate(judge, images["unasked"], asked).exact.float().mean().item(),
     }
+
+
+def draw_again(
+    bench: Bench, images: Tensor, labels: Tensor, seed: int, sampling: SamplingConfig
+) -> Tensor:
+    """Pictures (N, 3, H, W), those anew in whose labels (N, K) something is unwanted."""
+    rows = (labels < 0).any(dim=1).nonzero().flatten()
+    images = images.clone()
+    if len(rows):
+        every = picture_seeds(seed, len(labels))
+        images[rows] = bench.sample(labels[rows], [every[n] for n in rows], sampling)[0].cpu()
+    return images
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -110,20 +133,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     asked = torch.cat([*bench.labels.values()])
     each = torch.eye(asked.shape[1]).repeat_interleave(config.num_pictures, dim=0)
+    nothing = torch.zeros_like(each)
     ways: dict[str, list[dict[str, float]]] = {"as ever": [], "--without": []}
     for seed in progress_bar(range(config.num_seeds), desc="with and without", unit="draw"):
-        unwanted = {"nothing": each, "splits": choose_unwanted(asked, seed)}
-        wanted = {"nothing": torch.zeros_like(each), "splits": asked}
-        drawn: dict[str, dict[str, Tensor]] = {}
-        for way, draws in ways.items():
-            drawn[way] = {}
-            for name, labels in wanted.items():
-                minus = unwanted[name] if way == "--without" else 0
-                seeds = picture_seeds(seed, len(labels))
-                drawn[way][name] = bench.sample(labels - minus, seeds, sampling)[0].cpu()
-            draws.append(figures_of(bench, drawn[way], asked, unwanted))
+
+        def draw(labels: Tensor, seed: int = seed) -> Tensor:
+            return bench.sample(labels, picture_seeds(seed, len(labels)), sampling)[0].cpu()
+
+        ever = {"nothing": draw(nothing), "splits": draw(asked)}
+        ever["unasked"] = ever["splits"]
+        unwanted = {
+            "nothing": each,
+            "splits": choose_unwanted(asked, seed),
+            "unasked": (seen(bench.judge, ever["splits"]) & (asked == 0)).float(),
+        }
+        less = {
+            "nothing": draw(-each),
+            "splits": draw(asked - unwanted["splits"]),
+            "unasked": draw_again(
+                bench, ever["splits"], asked - unwanted["unasked"], seed, sampling
+            ),
+        }
+        for way, images in zip(ways, (ever, less), strict=True):
+            ways[way].append(figures_of(bench.judge, images, asked, unwanted))
         if seed == 0:
-            first = [of["nothing"][:: config.num_pictures] for of in drawn.values()]
+            first = [images["nothing"][:: config.num_pictures] for images in (ever, less)]
             save_image(grid(torch.cat(first), columns=len(first[0])), folder / "nothing_asked.png")
     report = summary(config, bench, ways)
     save_text(in_words(report), folder / "without.md")

@@ -63,7 +63,8 @@ class Drawing(Settings):
     """Objects that must not come."""
     guide: Hash | None = None
     """The judge, where its gradient is followed."""
-    format: Literal["iclevr-picture-1"] = "iclevr-picture-1"
+    format: Literal["iclevr-picture-1", "iclevr-picture-2"] = "iclevr-picture-2"
+    """1: what must not come was guided away from in another way."""
 
     @property
     def name(self) -> str:
@@ -154,7 +155,13 @@ def read_drawing(path: Path) -> Drawing:
     content = read_json(path, remedy)
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path}: describes no picture; {remedy}")
-    return from_dict(Drawing, content, source=str(path))
+    drawing = from_dict(Drawing, content, source=str(path))
+    if drawing.without and drawing.format == "iclevr-picture-1":
+        raise UserError(
+            f"{path}: of a version that guided away from {drawing.without[0]!r} in another way; "
+            "draw it anew with --prompt and --without"
+        )
+    return drawing
 
 
 def check_origin(drawing: Drawing, bench: Bench, source: str) -> str:

@@ -265,12 +265,13 @@ def test_what_is_unwanted_is_not_asked_for_and_is_looked_for():
 
     objects = dict(zip("abcd", range(4), strict=True))
     judge = SimpleNamespace(scores=scores, threshold=0.5, objects=objects)
-    unwanted = {"nothing": torch.eye(4), "splits": torch.eye(4)[:2]}
-    images = {"nothing": torch.zeros(4, 3, 8, 8), "splits": torch.zeros(2, 3, 8, 8)}
+    two = torch.zeros(2, 3, 8, 8)
+    unwanted = {"nothing": torch.eye(4), "splits": torch.eye(4)[:2], "unasked": torch.eye(4)[2:]}
+    images = {"nothing": torch.zeros(4, 3, 8, 8), "splits": two, "unasked": two}
     asked = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]])
-    bench = SimpleNamespace(judge=judge)
-    assert without.figures_of(bench, images, asked, unwanted) == {
+    assert without.figures_of(judge, images, asked, unwanted) == {
         "unwanted": 0.25, "accuracy": pytest.approx(2 / 3), "exact": 0.5, "unwanted_beside": 0.5,
+        "unasked": 0.0, "mended": 0.5,
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import LinearModel
 
-from diffusion.guidance import guided_evaluations, guided_prediction
+from diffusion.guidance import UNWANTED_SHARE, guided_evaluations, guided_prediction
 from diffusion.loss import draw_timesteps, drop_labels, min_snr_weight, training_loss
 from diffusion.samplers import check_steps, make_scheduler
 from diffusion.sampling import evaluations, relay, renoise, sample, sample_steps
@@ -100,7 +100,7 @@ def test_guidance():
 @pytest.mark.parametrize("compose", ["joint", "objects", "both"])
 @pytest.mark.parametrize("w", [1.0, 2.5])
 def test_composed_guidance_equals_the_sum_by_hand(compose, w):
-    """Liu et al. 2022, equations 11 and 13, one picture at a time."""
+    """Liu et al. 2022, equation 11, and what an unwanted object adds, one picture at a time."""
     model, x, t = LinearModel(), torch.randn(3, 3, 8, 8), torch.tensor(7)
     labels = torch.zeros(3, 24)
     asked, unwanted = ([3, 20], [5], [1, 9, 23]), ([], [7, 8], [2])
@@ -117,13 +117,15 @@ def test_composed_guidance_equals_the_sum_by_hand(compose, w):
         joint = eps(*some) - eps()
         single = sum(eps(n) - eps() for n in some)
         terms = {"joint": joint, "objects": single, "both": (joint + single) / 2}
-        expected.append(eps() + w * (terms[compose] - sum(eps(n) - eps() for n in others)))
+        unwanted_too = sum(eps(*some, n) - eps(*some) for n in others)
+        expected.append(eps() + w * terms[compose] - w * UNWANTED_SHARE * unwanted_too)
     model.calls.clear()
     found = guided_prediction(model, x, t, labels, w, compose)
     torch.testing.assert_close(found, torch.stack(expected))
-    terms = {"joint": 3, "objects": 6, "both": 9}[compose]
+    # Of single objects alone, the joint condition is run beside unwanted objects only.
+    terms = {"joint": 3, "objects": 6 + 2, "both": 9}[compose]
     assert model.calls == [3 + terms + 3]  # one batch: pictures, terms, unwanted objects
-    assert guided_evaluations(labels, w, compose) == sum(model.calls) / 3
+    assert guided_evaluations(labels, w, compose) == pytest.approx(sum(model.calls) / 3)
     plain = labels.clamp(min=0)
     assert guided_evaluations(plain, 1.0, "joint") == guided_evaluations(plain, 0.0, compose) == 1
 

@@ -68,6 +68,8 @@ def test_a_json_of_something_else_is_refused(trained, bench, tmp_path):
     _, _, path = trained
     file, good = tmp_path / "picture.json", to_dict(plan(bench, NAMES, 0, DDIM))
 
+    before = good | {"format": "iclevr-picture-1"}
+
     def read(content):
         file.write_text(json.dumps(content))
         return check_origin(read_drawing(file), bench, "picture.json")
@@ -79,11 +81,12 @@ def test_a_json_of_something_else_is_refused(trained, bench, tmp_path):
         (good | {"checkpoint": "0" * 40}, "another network, whose file has git's hash 0000000000"),
         (good | {"guide": "0" * 40}, "another judge"),
         (good | {"objects": ["red ball"]}, "unknown object 'red ball'"),
+        (before | {"without": ["gray cube"]}, "guided away from 'gray cube' in another way"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             read(bad)
     assert "drawn on cuda None, here on cpu" in read(good | {"arithmetic": "cuda None"})
-    assert not read(good)
+    assert not read(good) and not read(before)
     checkpoint = load_checkpoint(path)
     save_checkpoint(tmp_path / "c.pth", replace(checkpoint, step=checkpoint.step + 1))
     argv = argv_of(trained, tmp_path, "--from_json", file, "--ckpt_path", tmp_path / "c.pth")
