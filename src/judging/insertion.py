@@ -86,6 +86,13 @@ class Addition:
         return {words: names for words, names in failures.items() if names}
 
     @property
+    def twice(self) -> str:
+        """What to say if something stands there twice, which the judge can't tell; else ""."""
+        if self.found is None or not self.found.too_many:
+            return ""
+        return f"of a color that should be there are {int(self.found.too_many)} too many"
+
+    @property
     def report(self) -> dict[str, Any]:
         """The JSON beside it."""
         report = {

@@ -114,4 +114,6 @@ def draw_addition(
             print(f"judge ({drawn.judge}) sees: {', '.join(drawn.seen) or 'nothing'}")
         for words, names in drawn.failures.items():
             print(f"{words}: {', '.join(names)}; --seed {seed + 1} tries again")
+        if drawn.twice:
+            print(f"{drawn.twice}; --seed {seed + 1} tries again")
     return path

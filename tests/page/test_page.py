@@ -238,20 +238,23 @@ def test_whether_it_was_added_is_said(handlers, empty_ground, monkeypatch):
     *_, (_, _, session) = handlers.draw(Session(), *CONTROLS)
     sees = {}
     monkeypatch.setattr(type(handlers.bench.judge), "scores", lambda *_: sees["scores"])
-    monkeypatch.setattr("judging.evaluator.too_many", lambda *_: torch.tensor([0]))
-    for seen, words, kinds in (
-        ([*NAMES, "gray cube"], "<b>Added</b>: gray cube; what was there still is.", ["right"] * 3),
-        ([*NAMES, "blue cube"], "<b>Not added: gray cube</b>; Again tries the next seed.",
+    monkeypatch.setattr("judging.evaluator.too_many", lambda *_: torch.tensor([sees["twice"]]))
+    added = "<b>Added</b>: gray cube; what was there still is"
+    for twice, seen, words, kinds in (
+        (0, [*NAMES, "gray cube"], f"{added}. Outside", ["right"] * 3),
+        (2, [*NAMES, "gray cube"], f"{added}, but of a color that should be there are 2 too many",
+         ["right"] * 3),
+        (0, [*NAMES, "blue cube"], "<b>Not added: gray cube</b>; Again tries the next seed.",
          ["right", "right", "missing", "extra"]),
-        ([NAMES[0], "gray cube"], "<b>Not there, as before: cyan cube</b>",
+        (0, [NAMES[0], "gray cube"], "<b>Not there, as before: cyan cube</b>",
          ["right", "right", "missing"]),
     ):  # fmt: skip
-        sees["scores"] = torch.full((1, 24), 0.02)
+        sees["scores"], sees["twice"] = torch.full((1, 24), 0.02), twice
         sees["scores"][0, [handlers.objects[name] for name in seen]] = 0.97
         *_, (html, text, _) = handlers.add(session, 1, None, "", "gray cube", 0, *CONTROLS[4:])
         assert text.startswith(words)
         assert re.findall('<li class="(.*?)"', html) == kinds
-        assert ('class="card right"' in html) is (set(kinds) == {"right"})
+        assert ('class="card right"' in html) is (set(kinds) == {"right"} and not twice)
 
 
 def test_what_cannot_be_added_ends_in_a_sentence(handlers, tmp_path):
