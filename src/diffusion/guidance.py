@@ -18,7 +18,7 @@ class Guide(Protocol):
 
 UNWANTED_SHARE = 0.25
 """Weight of an object that must not come, as a share of the guidance scale: chosen on conditions
-that are in neither split, where .5 lost more of what was asked for and kept out no more."""
+that are in neither split, where .5 lost twice as much of what was asked for."""
 
 
 def conditions_of(

@@ -260,6 +260,17 @@ def test_damaged_results_are_left_out_or_named(copy, capsys):
     assert "Not tested yet." in page.text and "No sweep of the guidance scale yet." in page.text
 
 
+def test_figures_that_older_results_lack_are_a_dash(copy, capsys):
+    figures = load(copy, "ddim5*/accuracies.json")["figures"]
+    for of in figures.values():
+        del of["exact_once"]
+    change(copy, "ddim5*/accuracies.json", figures=figures)
+    _, *rows = read(copy).tables["tests"]
+    (row,) = [row for row in rows if row[0].startswith("DDIM")]
+    assert row[7:9] == ["-", "-"] and "-" not in row[3:7]
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_results_of_another_checkpoint_are_marked(copy):
     (copy / "tiny" / "checkpoints" / "model_epoch_4.pth").unlink()
     page = read(copy)
