@@ -2,17 +2,15 @@
 
     python benchmarks/without.py                       # the pretrained network
 
-Three questions, each answered from the same noise with and without an unwanted object:
+Of the conditions of test.json and new_test.json, in both ways:
 
-nothing asked for   pictures of no condition show every object now and then; how often do they when
-                    it is unwanted? Every object in turn.
-both splits         the conditions of test.json and new_test.json, each with an unwanted object
-                    drawn from those that it does not name: are the others still there?
-what came unasked   where the judge sees an object that was not asked for, the same picture is drawn
-                    again without it, as a user would: is it gone, and is the scene right then?
+an unwanted object  drawn from those that a condition does not name, for every picture: are the
+                    others still there? Both ways from the same noise.
+what came unasked   where the judge sees objects that were not asked for, the picture is drawn again
+                    without them, as a user would; beside it from other noise, which may do as well.
 
-Writes table and JSON to output/benchmarks/without/<checkpoint>/, and the pictures of the first draw
-of nothing asked for: columns of objects, without and with that one unwanted.
+Writes table and JSON to output/benchmarks/without/<checkpoint>/, and the pictures in which
+something came unasked in the first draw: as drawn, from other noise, without it.
 """
 
 from collections.abc import Sequence
@@ -47,13 +45,12 @@ from runtime.settings import (
 )
 
 FIGURES = {
-    "unwanted": "the unwanted object there, nothing asked for",
-    "accuracy": "accuracy, both splits",
-    "exact": "exact sets, both splits",
-    "unwanted_beside": "the unwanted object there, both splits",
-    "unasked": "objects there that were not asked for, those then unwanted, both splits",
-    "mended": "exact sets, where only what came unasked is unwanted, both splits",
+    "accuracy": "accuracy, an object unwanted that was not asked for",
+    "exact": "exact sets, likewise",
+    "unasked": "pictures with what came unasked, drawn again",
+    "mended": "exact sets then",
 }
+WAYS = "plain", "--without"
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,8 @@ class WithoutConfig(Settings):
 
     ckpt_path: Path = PRETRAINED
     """Checkpoint of src/train.py."""
-    num_pictures: PositiveInt = 4
-    """Pictures of a draw for each object, where nothing is asked for."""
     num_seeds: PositiveInt = 4
-    """Draws of every picture."""
+    """Draws of both splits."""
     num_inference_steps: PositiveInt = 12
     """DDPM steps."""
     guidance_scale: float = 2.0
@@ -90,35 +85,41 @@ def seen(judge: Evaluator, images: Tensor) -> Tensor:
 
 
 def figures_of(
-    judge: Evaluator, images: dict[str, Tensor], asked: Tensor, unwanted: dict[str, Tensor]
+    judge: Evaluator, images: Tensor, again: Tensor, asked: Tensor, unasked: Tensor
 ) -> dict[str, float]:
-    """The figures of one draw: pictures of "nothing", of the "splits", and of these once more,
-    where what came "unasked" is unwanted; unwanted objects of each, (N, K)."""
-    there = {
-        name: (seen(judge, of) & unwanted[name].bool()).any(dim=1).float().mean().item()
-        for name, of in images.items()
-    }
-    found = evaluate(judge, images["splits"], asked)
+    """The figures of one way: pictures of the conditions, and these with those `again` in which
+    something came that nobody asked for, `unasked` (N, K) bool."""
+    found, mended = evaluate(judge, images, asked), evaluate(judge, again, asked)
     return {
-        "unwanted": there["nothing"],
         "accuracy": found.accuracy,
         "exact": found.exact.float().mean().item(),
-        "unwanted_beside": there["splits"],
-        "unasked": there["unasked"],
-        "mended": evaluate(judge, images["unasked"], asked).exact.float().mean().item(),
+        "unasked": (seen(judge, again) & unasked).any(dim=1).float().mean().item(),
+        "mended": mended.exact.float().mean().item(),
     }
 
 
-def draw_again(
-    bench: Bench, images: Tensor, labels: Tensor, seed: int, sampling: SamplingConfig
-) -> Tensor:
-    """Pictures (N, 3, H, W), those anew in whose labels (N, K) something is unwanted."""
-    rows = (labels < 0).any(dim=1).nonzero().flatten()
-    images = images.clone()
-    if len(rows):
-        every = picture_seeds(seed, len(labels))
-        images[rows] = bench.sample(labels[rows], [every[n] for n in rows], sampling)[0].cpu()
-    return images
+def draw(bench: Bench, labels: Tensor, seed: int, sampling: SamplingConfig) -> Tensor:
+    """(N, 3, S, S) on the CPU, of labels (N, K)."""
+    return bench.sample(labels, picture_seeds(seed, len(labels)), sampling)[0].cpu()
+
+
+def both_ways(
+    bench: Bench, asked: Tensor, seed: int, sampling: SamplingConfig, other_seed: int
+) -> tuple[list[dict[str, float]], Tensor]:
+    """One draw: the figures of both `WAYS`, and the pictures in which something came unasked: as
+    drawn, from the noise of `other_seed`, without it, (3n, 3, S, S)."""
+    plain = draw(bench, asked, seed, sampling)
+    unasked = seen(bench.judge, plain) & (asked == 0)
+    rows = unasked.any(dim=1)[:, None, None, None]
+    noise = torch.where(rows, draw(bench, asked, other_seed, sampling), plain)
+    # The same pictures as `plain` where nothing is unwanted, up to rounding.
+    mended = torch.where(rows, draw(bench, asked - unasked.float(), seed, sampling), plain)
+    less = draw(bench, asked - choose_unwanted(asked, seed), seed, sampling)
+    figures = [
+        figures_of(bench.judge, plain, noise, asked, unasked),
+        figures_of(bench.judge, less, mended, asked, unasked),
+    ]
+    return figures, torch.cat([of[rows.flatten()] for of in (plain, noise, mended)])
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -132,33 +133,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
     )
     asked = torch.cat([*bench.labels.values()])
-    each = torch.eye(asked.shape[1]).repeat_interleave(config.num_pictures, dim=0)
-    nothing = torch.zeros_like(each)
-    ways: dict[str, list[dict[str, float]]] = {"as ever": [], "--without": []}
+    draws = []
     for seed in progress_bar(range(config.num_seeds), desc="with and without", unit="draw"):
-
-        def draw(labels: Tensor, seed: int = seed) -> Tensor:
-            return bench.sample(labels, picture_seeds(seed, len(labels)), sampling)[0].cpu()
-
-        ever = {"nothing": draw(nothing), "splits": draw(asked)}
-        ever["unasked"] = ever["splits"]
-        unwanted = {
-            "nothing": each,
-            "splits": choose_unwanted(asked, seed),
-            "unasked": (seen(bench.judge, ever["splits"]) & (asked == 0)).float(),
-        }
-        less = {
-            "nothing": draw(-each),
-            "splits": draw(asked - unwanted["splits"]),
-            "unasked": draw_again(
-                bench, ever["splits"], asked - unwanted["unasked"], seed, sampling
-            ),
-        }
-        for way, images in zip(ways, (ever, less), strict=True):
-            ways[way].append(figures_of(bench.judge, images, asked, unwanted))
-        if seed == 0:
-            first = [images["nothing"][:: config.num_pictures] for images in (ever, less)]
-            save_image(grid(torch.cat(first), columns=len(first[0])), folder / "nothing_asked.png")
+        other_seed = config.num_seeds + seed
+        figures, shown = both_ways(bench, asked, seed, sampling, other_seed)
+        draws.append(figures)
+        if seed == 0 and len(shown):
+            save_image(grid(shown, columns=len(shown) // 3), folder / "unasked.png")
+    ways = dict(zip(WAYS, zip(*draws, strict=True), strict=True))
     report = summary(config, bench, ways)
     save_text(in_words(report), folder / "without.md")
     write_json(folder / "without.json", report)
@@ -167,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def summary(
-    config: WithoutConfig, bench: Bench, ways: dict[str, list[dict[str, float]]]
+    config: WithoutConfig, bench: Bench, ways: dict[str, Sequence[dict[str, float]]]
 ) -> dict[str, Any]:
     """Intervals over the draws, and of the differences, paired by seed."""
     values = {
@@ -176,11 +158,7 @@ def summary(
     }
     rows = {
         name: {way: mean_interval(of[way], 0, 1) for way in ways}
-        | {
-            "difference": mean_interval(
-                [b - a for a, b in zip(of["as ever"], of["--without"], strict=True)]
-            )
-        }
+        | {"difference": mean_interval([b - a for a, b in zip(*of.values(), strict=True)])}
         for name, of in values.items()
     }
     title = (
@@ -191,16 +169,15 @@ def summary(
         "title": title,
         "checkpoint": str(config.ckpt_path),
         "machine": machine(bench.device),
-        "num_pictures": config.num_pictures,
         "rows": rows,
     })  # fmt: skip
 
 
 def in_words(report: dict[str, Any]) -> str:
     """The table."""
-    head = ["share of the pictures or objects", "as ever", "--without", "difference"]
+    head = ["share of the objects or pictures", *WAYS, "difference"]
     lines = [
-        [FIGURES[name], *(Interval(**row[key]) for key in ("as ever", "--without", "difference"))]
+        [FIGURES[name], *(Interval(**row[key]) for key in (*WAYS, "difference"))]
         for name, row in report["rows"].items()
     ]
     return f"{report['title']}\n\n{markdown(head, lines)}\n"

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.schedule import unscale
@@ -40,18 +41,20 @@ def conditions_of(
     Returns:
         conditions (M, K) multi-hot, the picture that each belongs to (M,), weights (M,)
     """
-    asked, every = labels.clamp(min=0), torch.arange(len(labels)).to(labels.device)
+    asked, every = labels.clamp(min=0), torch.arange(len(labels), device=labels.device)
     share = {"joint": 1.0, "objects": 0.0, "both": 0.5}[compose]
-    joint = torch.full((len(labels),), guidance_scale * share).to(labels)
+    joint = torch.full_like(labels[:, 0], guidance_scale * share)
+    if is_plain(labels, compose):
+        return asked, every, joint
 
     with_unwanted, rows = one_each(labels < 0)
     with_unwanted += asked[rows]
-    less = torch.full((len(rows),), guidance_scale * UNWANTED_SHARE).to(labels)
+    less = torch.full_like(joint[rows], guidance_scale * UNWANTED_SHARE)
     parts = [(asked, every, joint.index_add(0, rows, less)), (with_unwanted, rows, -less)]
     if compose != "joint":
         single, rows = one_each(asked > 0)
         weight = guidance_scale * (1 - share)
-        parts.append((single, rows, torch.full((len(rows),), weight).to(labels)))
+        parts.append((single, rows, torch.full_like(joint[rows], weight)))
     conditions, rows, weights = (torch.cat(part) for part in zip(*parts, strict=True))
     heeded = weights != 0  # of single objects alone, the joint condition is only run if need be
     return conditions[heeded], rows[heeded], weights[heeded]
@@ -60,9 +63,7 @@ def conditions_of(
 def one_each(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """For every object that is chosen (N, K), a condition of it alone (M, K), and its row (M,)."""
     rows, objects = chosen.nonzero(as_tuple=True)
-    single = torch.zeros(len(rows), chosen.shape[1]).to(chosen.device)
-    single[torch.arange(len(rows)), objects] = 1
-    return single, rows
+    return F.one_hot(objects, chosen.shape[1]).float(), rows
 
 
 def guided_prediction(

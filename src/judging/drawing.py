@@ -156,12 +156,7 @@ def read_drawing(path: Path) -> Drawing:
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path}: describes no picture; {remedy}")
     drawing = from_dict(Drawing, content, source=str(path))
-    if drawing.without and drawing.format == "iclevr-picture-1":
-        raise UserError(
-            f"{path}: of a version that guided away from {drawing.without[0]!r} in another way; "
-            "draw it anew with --prompt and --without"
-        )
-    return drawing
+    return drawing if drawing.without else replace(drawing, format=Drawing.format)
 
 
 def check_origin(drawing: Drawing, bench: Bench, source: str) -> str:
@@ -171,8 +166,13 @@ def check_origin(drawing: Drawing, bench: Bench, source: str) -> str:
         what may make it come out slightly different; mostly nothing.
 
     Raises:
-        UserError: it was drawn by another network, or guided by another judge.
+        UserError: it was drawn by another network, or guided in another way or by another judge.
     """
+    if drawing.format != Drawing.format:
+        raise UserError(
+            f"{source}: of a version that guided away from {drawing.without[0]!r} in another way; "
+            "draw it anew with --prompt and --without"
+        )
     origins = [("network", "--ckpt_path", drawing.checkpoint, bench.blob)]
     if drawing.guide:
         origins.append(("judge", "--evaluator", drawing.guide, bench.guide.blob))

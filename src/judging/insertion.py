@@ -14,6 +14,7 @@ from iclevr.dataset import normalize, to_uint8
 from iclevr.image_cache import read_image
 from iclevr.labels import decode_labels, encode_labels, parse_prompt
 from judging.bench import Bench
+from judging.counting import too_many
 from judging.drawing import file_name, plan, read_drawing
 from judging.evaluator import Evaluation, judge_pictures
 from runtime.files import read_json
@@ -87,10 +88,10 @@ class Addition:
 
     @property
     def twice(self) -> str:
-        """What to say if something stands there twice, which the judge can't tell; else ""."""
+        """What to say if something came twice, which the judge can't tell; else ""."""
         if self.found is None or not self.found.too_many:
             return ""
-        return f"of a color that should be there are {int(self.found.too_many)} too many"
+        return f"of a color that should be there have come {int(self.found.too_many)} too many"
 
     @property
     def report(self) -> dict[str, Any]:
@@ -210,6 +211,8 @@ def add(
     if bench.judge is None:
         return drawn
     found = judge_pictures(bench.judge, images, after)
+    twice_before = too_many(image[None], before, objects)  # which no other seed would mend
+    found = replace(found, too_many=(found.too_many - twice_before).clamp(min=0))
     return replace(
         drawn,
         judge=bench.judge_name(sampling),

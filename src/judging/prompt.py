@@ -112,8 +112,8 @@ def draw_addition(
         print(f"{path}\n{drawn.outside}")
         if drawn.judge is not None:
             print(f"judge ({drawn.judge}) sees: {', '.join(drawn.seen) or 'nothing'}")
-        for words, names in drawn.failures.items():
-            print(f"{words}: {', '.join(names)}; --seed {seed + 1} tries again")
-        if drawn.twice:
-            print(f"{drawn.twice}; --seed {seed + 1} tries again")
+        failed = [f"{words}: {', '.join(names)}" for words, names in drawn.failures.items()]
+        for words in [*failed, drawn.twice]:
+            if words:
+                print(f"{words}; --seed {seed + 1} tries again")
     return path

@@ -191,10 +191,11 @@ def before_and_after(
 
 def what_became(drawn: Addition) -> str:
     """What to say above `before_and_after`."""
-    rest = f"{drawn.outside[0].upper()}{drawn.outside[1:]}."
-    if not drawn.failures:
-        more = f", but {drawn.twice}; Again tries the next seed" if drawn.twice else ""
-        added = escape(", ".join(drawn.added))
-        return f"<b>Added</b>: {added}; what was there still is{more}. {rest}"
-    failed = "; ".join(f"{words}: {', '.join(names)}" for words, names in drawn.failures.items())
-    return f"<b>{escape(failed[0].upper() + failed[1:])}</b>; Again tries the next seed. {rest}"
+    failed = [f"{words}: {', '.join(names)}" for words, names in drawn.failures.items()]
+    failed += [drawn.twice] if drawn.twice else []
+    if failed:
+        text = escape("; ".join(failed))
+        text = f"<b>{text[0].upper() + text[1:]}</b>; Again tries the next seed"
+    else:
+        text = f"<b>Added</b>: {escape(', '.join(drawn.added))}; what was there still is"
+    return f"{text}. {drawn.outside[0].upper()}{drawn.outside[1:]}."

@@ -13,6 +13,7 @@ from diffusion.loss import draw_timesteps, drop_labels, min_snr_weight, training
 from diffusion.samplers import check_steps, make_scheduler
 from diffusion.sampling import evaluations, relay, renoise, sample, sample_steps
 from diffusion.schedule import scale, unscale
+from judging.drawing import Drawing
 from network.model import DiffusionModel
 from runtime.seeds import derive_seed, picture_seeds
 from runtime.settings import ModelConfig, SamplingConfig, SchedulerConfig, UserError, from_dict
@@ -100,7 +101,10 @@ def test_guidance():
 @pytest.mark.parametrize("compose", ["joint", "objects", "both"])
 @pytest.mark.parametrize("w", [1.0, 2.5])
 def test_composed_guidance_equals_the_sum_by_hand(compose, w):
-    """Liu et al. 2022, equation 11, and what an unwanted object adds, one picture at a time."""
+    """Liu et al. 2022, equation 11, and what an unwanted object adds, one picture at a time.
+
+    Another UNWANTED_SHARE draws other pictures: "format" in drawing.py has to say so."""
+    assert UNWANTED_SHARE == 0.25 and Drawing.format == "iclevr-picture-2"
     model, x, t = LinearModel(), torch.randn(3, 3, 8, 8), torch.tensor(7)
     labels = torch.zeros(3, 24)
     asked, unwanted = ([3, 20], [5], [1, 9, 23]), ([], [7, 8], [2])

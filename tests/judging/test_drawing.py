@@ -23,6 +23,7 @@ from judging.drawing import (
 )
 from judging.evaluator import judge_scores
 from judging.figures import to_image, to_png
+from judging.insertion import described_objects
 from judging.realism import nearest
 from network.checkpoint import load_checkpoint, save_checkpoint
 from runtime.settings import DataConfig, SamplingConfig, SchedulerConfig, UserError, to_dict
@@ -87,6 +88,9 @@ def test_a_json_of_something_else_is_refused(trained, bench, tmp_path):
             read(bad)
     assert "drawn on cuda None, here on cpu" in read(good | {"arithmetic": "cuda None"})
     assert not read(good) and not read(before)
+    assert read_drawing(file) == plan(bench, NAMES, 0, DDIM)  # as if it were new
+    file.write_text(json.dumps(before | {"without": ["gray cube"]}))
+    assert described_objects(file) == NAMES  # what it shows is no matter of how it was drawn
     checkpoint = load_checkpoint(path)
     save_checkpoint(tmp_path / "c.pth", replace(checkpoint, step=checkpoint.step + 1))
     argv = argv_of(trained, tmp_path, "--from_json", file, "--ckpt_path", tmp_path / "c.pth")

@@ -238,11 +238,12 @@ def test_whether_it_was_added_is_said(handlers, empty_ground, monkeypatch):
     *_, (_, _, session) = handlers.draw(Session(), *CONTROLS)
     sees = {}
     monkeypatch.setattr(type(handlers.bench.judge), "scores", lambda *_: sees["scores"])
-    monkeypatch.setattr("judging.evaluator.too_many", lambda *_: torch.tensor([sees["twice"]]))
+    monkeypatch.setattr("judging.evaluator.too_many", lambda *_: torch.tensor([sees["twice"] + 1]))
+    monkeypatch.setattr("judging.insertion.too_many", lambda *_: torch.tensor([1]))  # before
     added = "<b>Added</b>: gray cube; what was there still is"
     for twice, seen, words, kinds in (
         (0, [*NAMES, "gray cube"], f"{added}. Outside", ["right"] * 3),
-        (2, [*NAMES, "gray cube"], f"{added}, but of a color that should be there are 2 too many",
+        (2, [*NAMES, "gray cube"], "<b>Of a color that should be there have come 2 too many</b>",
          ["right"] * 3),
         (0, [*NAMES, "blue cube"], "<b>Not added: gray cube</b>; Again tries the next seed.",
          ["right", "right", "missing", "extra"]),
