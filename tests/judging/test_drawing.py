@@ -91,6 +91,7 @@ def test_a_json_of_something_else_is_refused(trained, bench, tmp_path):
     assert read_drawing(file) == plan(bench, NAMES, 0, DDIM)  # as if it were new
     file.write_text(json.dumps(before | {"without": ["gray cube"]}))
     assert described_objects(file) == NAMES  # what it shows is no matter of how it was drawn
+    file.write_text(json.dumps(good))
     checkpoint = load_checkpoint(path)
     save_checkpoint(tmp_path / "c.pth", replace(checkpoint, step=checkpoint.step + 1))
     argv = argv_of(trained, tmp_path, "--from_json", file, "--ckpt_path", tmp_path / "c.pth")
