@@ -10,7 +10,7 @@ output/benchmarks/adding/<checkpoint>/.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ WAYS = {
     "each step 4 times": SamplingConfig(num_inference_steps=12, resample=4),
     "50 steps, once": SamplingConfig(num_inference_steps=50),
 }
-"""DDPM, guidance 3; the last two take about as many evaluations."""
+"""DDPM; the last two take about as many evaluations."""
 FIGURES = {
     "new": "new object there",
     "old": "old objects all there",
@@ -65,6 +65,8 @@ class AddingConfig(Settings):
     """Pictures with one object, and as many with two."""
     num_seeds: PositiveInt = 4
     """Draws of every picture."""
+    guidance_scale: float = 2.0
+    """Towards the scene with the object, of all ways."""
     device: str | None = None
     """cuda, cpu ... (default: the best there is)."""
     output_dir: Path = ROOT / "output" / "benchmarks" / "adding"
@@ -106,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     there = judged(images)
     ceiling = (there * before).sum(1) == before.sum(1)
     for way, sampling in WAYS.items():
+        sampling = replace(sampling, guidance_scale=config.guidance_scale)
         draws: dict[str, list[float]] = {name: [] for name in FIGURES}
         for seed in progress_bar(range(config.num_seeds), desc=way, unit="draw"):
             seeds = picture_seeds(seed, len(images))
@@ -123,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows[way] = {name: mean_interval(values, 0, 1) for name, values in draws.items()}
         rows[way]["evaluations"] = evaluations(noise, sampling, after)
     report = to_dict({
-        "title": f"{bench.run_name}, {len(images)} pictures, {config.num_seeds} seeds, judge: "
-        f"{bench.judge.name}",
+        "title": f"{bench.run_name}, {len(images)} pictures, guidance "
+        f"{config.guidance_scale:g}, {config.num_seeds} seeds, judge: {bench.judge.name}",
         "checkpoint": str(config.ckpt_path),
         "machine": machine(bench.device),
         "old_objects_seen_in_the_pictures_themselves": proportion_interval(
