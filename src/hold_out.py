@@ -11,6 +11,7 @@ there are such, as they are. The data itself is never changed. src/render_iclevr
 --hold_out_sets renders a stand-in without such sets instead.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,18 +59,24 @@ class HoldOutConfig(Settings):
 
 
 def check_made_here(folder: Path, settings: dict[str, float | str]) -> None:
-    """The folder holds no training list, or one that this script wrote with the same settings.
+    """The folder holds no JSON files, or those that this script wrote with the same settings.
 
     Raises:
-        UserError: of something else; a network may have been trained on it.
+        UserError: others; a network may have been trained on them.
     """
     path = folder / MADE_BY
-    if not (folder / "train.json").exists():
-        return
-    stored = read_json(path, "choose another --out_dir") if path.exists() else None
-    if stored != settings:
-        what = f"made with {stored}" if stored else "which this script has not made"
-        raise UserError(f"{folder}: holds a train.json, {what}; choose another --out_dir")
+    if path.exists():
+        stored = read_json(path, "choose another --out_dir")
+        if stored != settings:
+            raise UserError(
+                f"{folder}: holds a training list made with {stored}, not {settings}; choose "
+                "another --out_dir"
+            )
+    elif found := sorted(folder.glob("*.json")):
+        raise UserError(
+            f"{folder}: holds {found[0].name}, which this script has not made; choose another "
+            "--out_dir"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
@@ -84,13 +91,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         )
     settings = {name: getattr(config, name) for name in ("hold_out_sets", "hold_out_pairs", "seed")}
     settings["data_dir"] = str(paths.data_dir.resolve())
-    check_made_here(config.out_dir, settings)
     objects = read_objects(paths.data_dir)
     conditions = {
         split: read_conditions(path, objects)[0]
         for split, path in condition_files(paths.data_dir).items()
     }
     names, labels = read_train(paths.data_dir, objects)
+    content = (paths.data_dir / "train.json").read_bytes()
+    settings["train_sha256"] = hashlib.sha256(content).hexdigest()
+    check_made_here(config.out_dir, settings)
     shows = {name: decode_labels(row, objects) for name, row in zip(names, labels, strict=True)}
     keep = [frozenset(c) for split in conditions.values() for c in split]
     sets = set(map(frozenset, shows.values()))

@@ -158,10 +158,18 @@ def read_config(argv: Sequence[str] | None) -> tuple[TestConfig, Drawing | None]
 
 def check_together(config: TestConfig) -> None:
     """Refuse flags that lack the ones they need, or do not go together."""
-    if config.without is not None and (config.prompt is None or config.add is not None):
+    if config.without is not None and config.add is not None:
+        told = f" ({config.from_json})" if config.from_json else ""
+        raise UserError(
+            f"--without {config.without!r}{told}: does not go with --add; leave one of them out"
+        )
+    if config.without is not None and config.prompt is None:
         raise UserError(f"--without {config.without!r}: goes with --prompt; name the scene there")
     if config.conditions and (config.prompt is not None or config.add is not None):
-        raise UserError("--conditions: goes with neither --prompt nor --add, which draw one scene")
+        raise UserError(
+            f"--conditions {' '.join(map(str, config.conditions))}: goes with none of --prompt, "
+            "--from_json and --add, which draw one scene"
+        )
     if (config.add is None) != (config.to is None):
         given = f"--to {config.to}" if config.add is None else f"--add {config.add!r}"
         raise UserError(f'{given}: use both, as in --add "green cube" --to scene.png')

@@ -59,6 +59,9 @@ def of_sampling(sampling: SamplerConfig, scales: Sequence[float]) -> list[str]:
     """Doubts about how pictures are drawn with these guidance scales."""
     whole, guided = (0, 1), any(scale != 1 for scale in scales)
     doubts = {
+        "--guidance_scale 0: draws without the condition, whatever is asked for": (
+            [*scales] == [0] and sampling.guidance_interval == whole
+        ),
         "--guidance_interval: does nothing with a guidance scale of 1": (
             sampling.guidance_interval != whole and not guided
         ),

@@ -74,7 +74,9 @@ def encode_condition(
     """
     label = encode_labels(names, objects)
     if both := set(names) & set(without):
-        raise UserError(f"object {min(both)!r} is asked for and must not come; leave one out")
+        raise UserError(
+            f"--without {min(both)!r}: {min(both)!r} is asked for and must not come; leave one out"
+        )
     return label - encode_labels(without, objects) if without else label
 
 

@@ -182,7 +182,11 @@ def check_origin(drawing: Drawing, bench: Bench, source: str) -> str:
                 f"{source}: drawn with another {what}, whose file has git's hash {there[:10]} and "
                 f"not {here[:10]}; name it with {flag}"
             )
-    here = plan(bench, drawing.objects, drawing.seed, drawing.sampling, drawing.without).arithmetic
+    try:
+        same = plan(bench, drawing.objects, drawing.seed, drawing.sampling, drawing.without)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    here = same.arithmetic
     if here == drawing.arithmetic:
         return ""
     return f"drawn on {drawing.arithmetic}, here on {here}: rounding may differ"

@@ -21,6 +21,9 @@ from runtime.files import read_json
 from runtime.seeds import picture_seeds
 from runtime.settings import SamplingConfig, UserError, to_dict
 
+AS_BEFORE = "not there, as before"
+"""What `Addition.failures` says of objects that were missing from the start; no seed mends that."""
+
 
 @dataclass(frozen=True)
 class Addition:
@@ -81,7 +84,7 @@ class Addition:
         gone, missing = (sorted({*names} - {*self.seen}) for names in (self.shows, self.added))
         failures = {
             "no longer there": [name for name in gone if name in self.seen_before],
-            "not there, as before": [name for name in gone if name not in self.seen_before],
+            AS_BEFORE: [name for name in gone if name not in self.seen_before],
             "not added": missing,
         }
         return {words: names for words, names in failures.items() if names}
@@ -197,7 +200,10 @@ def add(
         UserError: an object is there already, no place is free, or as `plan`.
     """
     if there := set(shows) & set(added):
-        raise UserError(f"--add {', '.join(added)!r}: {min(there)!r} is in the picture already")
+        raise UserError(
+            f"--add {', '.join(added)!r}: {min(there)!r} is in the picture already; "
+            "if it is not, say with --prompt what the picture shows"
+        )
     objects = bench.checkpoint.objects
     whole = plan(bench, [*shows, *added], seed, sampling)
     before, after = (encode_labels(names, objects)[None] for names in (shows, whole.objects))

@@ -11,7 +11,7 @@ from judging.bench import Bench
 from judging.drawing import plan
 from judging.evaluator import judge_pictures
 from judging.figures import save_image, strip
-from judging.insertion import add, described_objects, objects_in, open_picture
+from judging.insertion import AS_BEFORE, add, described_objects, objects_in, open_picture
 from runtime import processes
 from runtime.files import write_json
 from runtime.seeds import picture_seeds
@@ -112,8 +112,11 @@ def draw_addition(
         print(f"{path}\n{drawn.outside}")
         if drawn.judge is not None:
             print(f"judge ({drawn.judge}) sees: {', '.join(drawn.seen) or 'nothing'}")
-        failed = [f"{words}: {', '.join(names)}" for words, names in drawn.failures.items()]
-        for words in [*failed, drawn.twice]:
-            if words:
-                print(f"{words}; --seed {seed + 1} tries again")
+        for words, names in drawn.failures.items():
+            remedy = f"--seed {seed + 1} tries again"
+            if words == AS_BEFORE:
+                remedy = "say with --prompt what the picture shows"
+            print(f"{words}: {', '.join(names)}; {remedy}")
+        if drawn.twice:
+            print(f"{drawn.twice}; --seed {seed + 1} tries again")
     return path

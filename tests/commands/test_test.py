@@ -278,7 +278,7 @@ def test_own_conditions(trained, tmp_path, capsys):
         assert f"'{name}' is taken" in error_of(guidance_scale.main, taken)
     assert "--conditions" in error_of(test.main, argv[:-2])  # such as an unset variable
     one_scene = [*argv, "--prompt", "red cube"]
-    assert "goes with neither --prompt nor --add" in error_of(test.main, one_scene)
+    assert "goes with none of --prompt" in error_of(test.main, one_scene)
 
 
 def test_a_prompt_without_an_object(trained, tmp_path):
@@ -296,6 +296,12 @@ def test_a_prompt_without_an_object(trained, tmp_path):
     both = error_of(test.main, [*argv, "--without", "red cube"])
     assert "'red cube' is asked for and must not come" in both
     assert "goes with --prompt" in error_of(test.main, [*argv[:-2], "--without", "red cube"])
+    described = picture.with_suffix(".json")
+    file = tmp_path / "other.json"
+    file.write_text(described.read_text().replace("gray sphere", "gray ball"))
+    assert str(file) in error_of(test.main, [*argv[:8], "--from_json", file])
+    add = ["--from_json", described, "--add", "blue cube", "--to", picture]
+    assert f"({described}): does not go with --add" in error_of(test.main, [*argv[:8], *add])
     assert "--without 'red ball'" in error_of(test.main, [*argv, "--without", "red ball"])
 
 

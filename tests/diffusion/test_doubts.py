@@ -53,6 +53,9 @@ def test_what_makes_sense_is_not_doubted(flags):
 def test_doubts_about_sampling():
     plain = SamplerConfig()
     assert not of_sampling(plain, [1.0]) and not of_sampling(plain, [3.0])
+    (doubt,) = of_sampling(plain, [0.0])
+    assert "draws without the condition" in doubt
+    assert not of_sampling(plain, [0.0, 1.0])  # a sweep that begins there
     (doubt,) = of_sampling(SamplerConfig(guidance_interval=(0.2, 1)), [1.0])
     assert "--guidance_interval: does nothing" in doubt
     assert not of_sampling(SamplerConfig(guidance_interval=(0.2, 1)), [1.0, 2.0])

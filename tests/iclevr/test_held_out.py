@@ -114,6 +114,14 @@ def test_of_a_list_that_is_there(world, tmp_path, capsys):
     (out / "hold_out.json").rename(tmp_path / "kept.json")
     assert "has not made" in error_of(hold_out.main, argv)
     (tmp_path / "kept.json").rename(out / "hold_out.json")
+    train = (world / "train.json").read_text()
+    (world / "train.json").write_text(train + " ")
+    assert "made with" in error_of(hold_out.main, argv)
+    (world / "train.json").write_text(train)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "seen.json").write_text("[]")
+    own = [*argv[:3], tmp_path / "own", *argv[4:]]
+    assert "holds seen.json, which this script has not made" in error_of(hold_out.main, own)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     argv[3] = tmp_path / "pairs"
     hold_out.main([*map(str, argv[:-1]), "0", "--hold_out_pairs", "0.1"])
