@@ -250,4 +250,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | Path:
 
 
 if __name__ == "__main__":
-    run(main, if_stopped="stopped; whole draws are kept, and the same command goes on after them")
+    run(main, if_stopped="stopped; whole draws of a split are kept, and the same command goes on")

@@ -1,9 +1,11 @@
 """One scene by the names of its objects, or with one object more: drawn, saved, judged."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from iclevr.labels import decode_labels, encode_condition, encode_labels, parse_prompt
@@ -96,6 +98,11 @@ def draw_addition(
         UserError: no picture, unknown objects, one that is there already, or no free place.
     """
     image, described = open_picture(picture, bench.model.image_size), picture.with_suffix(".json")
+    side = bench.model.image_size
+    with Image.open(picture) as file:
+        if file.size != (side, side) and processes.is_main():
+            size = "x".join(map(str, file.size))
+            print(f"warning: {picture}: is {size}, taken as {side}x{side}", file=sys.stderr)
     told = described_objects(described) if prompt is None and described.exists() else None
     shows, who = objects_in(bench, picture, image, prompt, told)
     if who:

@@ -329,6 +329,10 @@ def test_an_object_is_added(tmp_path, capsys):
     assert "--add 'red ball'" in error_of(main, [*added[:-3], "red ball", "--to", plain])
     assert "use both" in error_of(main, added[:-2])
     assert "none.png" in error_of(main, [*added[:-1], tmp_path / "none.png"])
+    Image.new("RGB", (300, 40), (166, 166, 166)).save(plain)
+    capsys.readouterr()
+    assert "the judge sees no object" in error_of(main, [*added[:-1], plain])
+    assert f"{plain}: is 300x40, taken as 64x64" in capsys.readouterr().err
     Image.new("RGB", (64, 64), (166, 166, 166)).save(plain)
     assert "the judge sees no object" in error_of(main, [*added[:-1], plain])
 
