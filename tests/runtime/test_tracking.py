@@ -4,12 +4,21 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from conftest import error_of, train_argv
 
 import train
 from judging.evaluator import build_evaluator
+
+
+def found(folder: Path, pattern: str) -> list[Path]:
+    """Files by wandb's own process, which writes them now and then late."""
+    until = time.monotonic() + 60
+    while not (paths := list(folder.glob(pattern))) and time.monotonic() < until:
+        time.sleep(0.1)
+    return paths
 
 
 def test_wandb_offline_files_hold_the_run(world, tmp_path, monkeypatch):
@@ -21,10 +30,10 @@ def test_wandb_offline_files_hold_the_run(world, tmp_path, monkeypatch):
     argv = train_argv(world, tmp_path / "out", "--epochs", 1, "--sample_interval", 1)
     train.main([*argv, "--wandb", "auto"])
     (run_dir,) = (tmp_path / "out" / "r" / "wandb").glob("offline-run-*")
-    (file,) = run_dir.glob("*.wandb")
+    (file,) = found(run_dir, "*.wandb")
     keys = {b"loss", b"lr", b"grad_norm", b"images_per_s", b"preview_accuracy"}
     missing, until = keys, time.monotonic() + 60
-    while missing and time.monotonic() < until:  # wandb's own process writes it, now and then late
+    while missing and time.monotonic() < until:
         missing = {key for key in keys if key not in file.read_bytes()}
         time.sleep(0.1)
     assert not missing
@@ -78,7 +87,7 @@ def test_wandb_out_of_reach_keeps_the_run_offline(tmp_path, monkeypatch, capsys)
     tracker.log({"loss": 1.0}, 1)
     tracker.finish()
     assert modes == ["online", "offline"]
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert found(tmp_path, "wandb/offline-run-*/*.wandb")
     assert "wandb: offline" in capsys.readouterr().out
 
 
@@ -87,9 +96,9 @@ def test_a_key_without_a_connection_keeps_the_run_offline(world, tmp_path, monke
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     train.main([*train_argv(world, tmp_path, "--epochs", 1), "--wandb", "auto"])
-    assert list(tmp_path.glob("r/wandb/offline-run-*/*.wandb"))
-    out = capsys.readouterr().out
-    assert f"wandb: offline, {tmp_path / 'r' / 'wandb'} (Failed to authenticate" in out
+    assert found(tmp_path, "r/wandb/offline-run-*/*.wandb")
+    # Why, in wandb's words: on a busy machine it may give up before it is refused.
+    assert f"wandb: offline, {tmp_path / 'r' / 'wandb'} (" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_is_the_same_run(tmp_path, monkeypatch):
