@@ -11,10 +11,10 @@ there are such, as they are. The data itself is never changed. src/render_iclevr
 --hold_out_sets renders a stand-in without such sets instead.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from iclevr.dataset import find_data
 from iclevr.held_out import HELD_OUT_FILES, NOTHING, choose_held_out, held_out_conditions
@@ -58,25 +58,17 @@ class HoldOutConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
 
 
-def check_made_here(folder: Path, settings: dict[str, float | str]) -> None:
-    """The folder holds no JSON files, or those that this script wrote with the same settings.
+def check_same(folder: Path, files: dict[str, Any]) -> None:
+    """What the folder holds already of these files is the same: a network may be trained on it.
 
     Raises:
-        UserError: others; a network may have been trained on them.
+        UserError: something else.
     """
-    path = folder / MADE_BY
-    if path.exists():
-        stored = read_json(path, "choose another --out_dir")
-        if stored != settings:
-            raise UserError(
-                f"{folder}: holds a training list made with {stored}, not {settings}; choose "
-                "another --out_dir"
-            )
-    elif found := sorted(folder.glob("*.json")):
-        raise UserError(
-            f"{folder}: holds {found[0].name}, which this script has not made; choose another "
-            "--out_dir"
-        )
+    remedy = "choose another --out_dir"
+    for name, content in files.items():
+        path = folder / f"{name}.json"
+        if path.exists() and read_json(path, remedy) != content:
+            raise UserError(f"{path}: holds something else than would be written; {remedy}")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
@@ -97,9 +89,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         for split, path in condition_files(paths.data_dir).items()
     }
     names, labels = read_train(paths.data_dir, objects)
-    content = (paths.data_dir / "train.json").read_bytes()
-    settings["train_sha256"] = hashlib.sha256(content).hexdigest()
-    check_made_here(config.out_dir, settings)
     shows = {name: decode_labels(row, objects) for name, row in zip(names, labels, strict=True)}
     keep = [frozenset(c) for split in conditions.values() for c in split]
     sets = set(map(frozenset, shows.values()))
@@ -122,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     more = (paths.data_dir / f"{name}.json" for name in LARGE)
     files |= {path.stem: read_conditions(path, objects)[0] for path in more if path.exists()}
     make_folder(config.out_dir, "--out_dir")
+    check_same(config.out_dir, files)
     write_json(config.out_dir / MADE_BY, settings)
     for name, content in files.items():
         write_json(config.out_dir / f"{name}.json", content)

@@ -110,18 +110,15 @@ def test_of_a_list_that_is_there(world, tmp_path, capsys):
     # The same again changes nothing; another choice, or other data, is not written over it.
     before = {path: path.read_bytes() for path in out.iterdir()}
     hold_out.main(list(map(str, argv)))
-    assert "made with" in error_of(hold_out.main, [*argv[:-1], "0.9"])
-    (out / "hold_out.json").rename(tmp_path / "kept.json")
-    assert "has not made" in error_of(hold_out.main, argv)
-    (tmp_path / "kept.json").rename(out / "hold_out.json")
-    train = (world / "train.json").read_text()
-    (world / "train.json").write_text(train + " ")
-    assert "made with" in error_of(hold_out.main, argv)
-    (world / "train.json").write_text(train)
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "seen.json").write_text("[]")
-    own = [*argv[:3], tmp_path / "own", *argv[4:]]
-    assert "holds seen.json, which this script has not made" in error_of(hold_out.main, own)
+    assert f"{out / 'train.json'}: holds something else" in error_of(
+        hold_out.main, [*argv[:-1], "0.9"]
+    )
+    for name, other in (("train.json", "{}"), ("seen.json", "[]")):  # of other data, or one's own
+        was = (out / name).read_text()
+        (out / name).write_text(other)
+        assert f"{out / name}: holds something else" in error_of(hold_out.main, argv)
+        assert (out / name).read_text() == other
+        (out / name).write_text(was)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     argv[3] = tmp_path / "pairs"
     hold_out.main([*map(str, argv[:-1]), "0", "--hold_out_pairs", "0.1"])
