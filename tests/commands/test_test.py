@@ -329,6 +329,9 @@ def test_an_object_is_added(tmp_path, capsys):
     assert "--add 'red ball'" in error_of(main, [*added[:-3], "red ball", "--to", plain])
     assert "use both" in error_of(main, added[:-2])
     assert "none.png" in error_of(main, [*added[:-1], tmp_path / "none.png"])
+    main([str(a) for a in [*added[:-1], plain, "--prompt", "blue cube, gray cube"]])
+    text = "not there, as before: gray cube; say with --prompt what the picture shows"
+    assert text in capsys.readouterr().out  # no seed brings it
     Image.new("RGB", (300, 40), (166, 166, 166)).save(plain)
     capsys.readouterr()
     assert "the judge sees no object" in error_of(main, [*added[:-1], plain])
