@@ -36,6 +36,13 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """np.cross, which takes 20 times as long for two single vectors."""
+    return np.array(
+        [a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]]
+    )
+
+
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
@@ -45,8 +52,8 @@ def rays_of(
 ) -> np.ndarray:
     """(3, height * width): directions through the point (x, y), each in [0, 1], of the pixels."""
     forward = -unit(camera)
-    right = unit(np.cross(forward, (0, 0, 1)))
-    down = np.cross(forward, right)
+    right = unit(_cross(forward, (0, 0, 1)))
+    down = _cross(forward, right)
     u = ((np.arange(width) + x) / width * 2 - 1) * HALF_WIDTH
     v = ((np.arange(height) + y) / height * 2 - 1) * HALF_WIDTH * height / width
     rays = forward[:, None, None] + u * right[:, None, None] + v[:, None] * down[:, None, None]
@@ -135,8 +142,8 @@ def _lamps(sequence: Sequence, u: float, v: float) -> list[tuple[np.ndarray, ...
     lamps = [(far, -unit(far), np.full(3, SUN_IRRADIANCE * 1e10))]
     for centre, (_, side, intensity) in zip(sequence.lamps, LAMPS, strict=True):
         aim = -unit(centre)
-        right = unit(np.cross(aim, (0, 0, 1)))
-        shift = (u - 0.5) * right + (v - 0.5) * np.cross(right, aim)
+        right = unit(_cross(aim, (0, 0, 1)))
+        shift = (u - 0.5) * right + (v - 0.5) * _cross(right, aim)
         lamps.append((centre + side * shift, aim, np.array(intensity)))
     return [tuple(value[:, None].astype(np.float32) for value in lamp) for lamp in lamps]
 
