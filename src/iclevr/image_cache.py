@@ -1,6 +1,7 @@
 """Pictures decoded once into a memory-mapped uint8 array, so that an epoch costs no decoding."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import stat
@@ -114,13 +115,20 @@ def _decode_all(paths: Sequence[Path], image_size: int, target: Path) -> None:
     # file that is mapped. Pillow decodes outside the interpreter's lock.
     with open(target, "wb") as file, ThreadPoolExecutor() as pool:
         np.lib.format.write_array_header_1_0(file, header)
-        jobs = pool.map(read_image, paths, [image_size] * len(paths))  # an error cancels the rest
+        read = functools.partial(
+            read_image, image_size=image_size,
+            remedy="replace it; a rendered one: delete it, and run src/render_iclevr.py again",
+        )  # fmt: skip
+        jobs = pool.map(read, paths)  # an error cancels the rest
         for picture in progress_bar(jobs, total=len(paths), desc="decode pictures", unit="img"):
             file.write(picture.tobytes())
 
 
-def read_image(path: Path, image_size: int) -> np.ndarray:
+def read_image(path: Path, image_size: int, remedy: str = "replace it") -> np.ndarray:
     """Decode and resize one picture: (3, S, S) uint8.
+
+    Args:
+        remedy: of a picture that can't be decoded.
 
     Raises:
         UserError: no 8-bit picture, truncated, animated, or absurdly large.
@@ -141,8 +149,5 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: not found, or a folder; name a picture") from None
     except Exception as error:  # whatever the decoder makes of a damaged file
-        raise UserError(
-            f"{path}: not a readable picture ({error}); replace it; "
-            "a rendered one: delete it, and run src/render_iclevr.py again"
-        ) from None
+        raise UserError(f"{path}: not a readable picture ({error}); {remedy}") from None
     return np.asarray(resized).transpose(2, 0, 1)

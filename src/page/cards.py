@@ -14,7 +14,7 @@ from iclevr.portrait import portrait
 from judging.drawing import Judged, Picture, Shown, seen
 from judging.evaluator import Evaluation
 from judging.figures import data_uri, to_image, to_png
-from judging.insertion import Addition
+from judging.insertion import AS_BEFORE, Addition
 from runtime.settings import SamplingConfig, to_dict
 
 ENLARGED = 512
@@ -195,7 +195,9 @@ def what_became(drawn: Addition) -> str:
     failed += [drawn.twice] if drawn.twice else []
     if failed:
         text = escape("; ".join(failed))
-        text = f"<b>{text[0].upper() + text[1:]}</b>; Again tries the next seed"
+        text = f"<b>{text[0].upper() + text[1:]}</b>"
+        if drawn.twice or {*drawn.failures} - {AS_BEFORE}:
+            text += "; Again tries the next seed"
     else:
         text = f"<b>Added</b>: {escape(', '.join(drawn.added))}; what was there still is"
     return f"{text}. {drawn.outside[0].upper()}{drawn.outside[1:]}."

@@ -243,11 +243,11 @@ def test_whether_it_was_added_is_said(handlers, empty_ground, monkeypatch):
     added = "<b>Added</b>: gray cube; what was there still is"
     for twice, seen, words, kinds in (
         (0, [*NAMES, "gray cube"], f"{added}. Outside", ["right"] * 3),
-        (2, [*NAMES, "gray cube"], "<b>Of a color that should be there have come 2 too many</b>",
-         ["right"] * 3),
+        (2, [*NAMES, "gray cube"],
+         "<b>Of a color that should be there have come 2 too many</b>; Again", ["right"] * 3),
         (0, [*NAMES, "blue cube"], "<b>Not added: gray cube</b>; Again tries the next seed.",
          ["right", "right", "missing", "extra"]),
-        (0, [NAMES[0], "gray cube"], "<b>Not there, as before: cyan cube</b>",
+        (0, [NAMES[0], "gray cube"], "<b>Not there, as before: cyan cube</b>. Outside",
          ["right", "right", "missing"]),
     ):  # fmt: skip
         sees["scores"], sees["twice"] = torch.full((1, 24), 0.02), twice
