@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from common import interleave, machine, ratios, show, spread
 
@@ -196,22 +197,25 @@ def as_good(row: dict) -> bool:
 
 
 def draw_chart(report: dict, path: Path) -> None:
-    """Three panels over the evaluations, a line for each scheduler guided all the way."""
-    rows = report["rows"]
-    shown = [f for f in (*SHARES, "frechet_distance") if all(f in row for row in rows.values())]
+    """Panels over the evaluations: a line for each scheduler guided throughout, else marks."""
+    series: dict[str, list[dict]] = {}
+    for name, row in report["rows"].items():
+        kind = name.split()[0] + ("" if row["guided_throughout"] else ", guided in an interval")
+        if name in RESAMPLED:
+            kind = "best of several" if "best of" in name else "ddpm, steps taken again"
+        series.setdefault(kind, []).append(row)
+    rows = report["rows"].values()
+    shown = [f for f in (*SHARES, "frechet_distance") if all(f in row for row in rows)]
     figure, axes_of = panels(shown, report["title"], "evaluations of the network for one picture")
     for name, axes in axes_of.items():
-        for number, scheduler in enumerate([*STEPS, "resampled"]):
-            of_scheduler = [
-                row for label, row in rows.items()
-                if ("resampled" if label in RESAMPLED else label.split()[0]) == scheduler
-            ]  # fmt: skip
-            for guided, style in ((True, "o-"), (False, "x")):
-                if these := [r for r in of_scheduler if r["guided_throughout"] is guided]:
-                    label = scheduler + ("" if guided else ", guided in an interval")
-                    x, y = ([row[key] for row in these] for key in ("evaluations", name))
-                    plot_intervals(axes, x, y, style, band=False, color=f"C{number}", label=label)
+        for number, (kind, these) in enumerate(series.items()):
+            x, y = ([row[key] for row in these] for key in ("evaluations", name))
+            style = "o-" if kind in STEPS else "D"
+            plot_intervals(axes, x, y, style, band=False, color=f"C{number}", label=kind)
         axes.set(xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes_of["accuracy"].legend(fontsize=8)
     save_figure(figure, path)
 
