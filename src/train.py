@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     check_folder(run_dir)
     loader = get_dataloader(
         paths.data_dir, paths.image_dir, "train", config.batch_size, config.num_workers,
-        config.model.image_size, config.seed, config.horizontal_flip,
+        config.model.image_size, config.seed, config.horizontal_flip, config.objects_power,
         cache_dir=paths.cache_dir, pin_memory=device.type == "cuda",
         follow_links=paths.follow_links,
     )  # fmt: skip

@@ -223,11 +223,22 @@ class TrainSampler(Sampler[list[tuple[int, bool]]]):
     So nothing is hidden in the state of a loader or its workers: `set_position` takes up an
     interrupted run where it stopped. The last, smaller batch of an epoch is left out. Of several
     processes each gets its share of every batch.
+
+    Args:
+        chances: (num_images,) that a picture is drawn, summing to 1; it may come twice in an epoch,
+            or not at all. None: an epoch shows each picture once.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, horizontal_flip: bool = True):
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        horizontal_flip: bool = True,
+        chances: np.ndarray | None = None,
+    ):
         self.num_images, self.batch_size = num_images, min(batch_size, num_images)
-        self.seed, self.horizontal_flip = seed, horizontal_flip
+        self.seed, self.horizontal_flip, self.chances = seed, horizontal_flip, chances
         self.set_position(epoch=0)
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
@@ -240,7 +251,10 @@ class TrainSampler(Sampler[list[tuple[int, bool]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(self.num_images)
+        if self.chances is None:
+            order = rng.permutation(self.num_images)
+        else:
+            order = rng.choice(self.num_images, self.num_images, p=self.chances)
         flips = rng.random(self.num_images) < 0.5 * self.horizontal_flip
         for batch in range(self.batch, len(self)):
             whole = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
@@ -258,6 +272,7 @@ def get_dataloader(
     image_size: int = 64,
     seed: int = 0,
     horizontal_flip: bool = True,
+    objects_power: float = 0.0,
     cache_dir: Path | None = None,
     pin_memory: bool = False,
     follow_links: bool = False,
@@ -265,12 +280,18 @@ def get_dataloader(
     """Batches of pictures and labels ("train": shuffled, flipped) or of labels in file order.
 
     The epoch of the training order is set by `loader.batch_sampler.set_position(epoch)`.
-    Arguments and errors as for `IclevrDataset` and `TrainSampler`.
+    Arguments and errors as for `IclevrDataset` and `TrainSampler`; with objects_power above 0
+    training pictures come in proportion to their number of objects to that power.
     """
     dataset = IclevrDataset(data_dir, image_dir, mode, image_size, cache_dir, follow_links)
     batches = {"batch_size": batch_size}
     if mode == "train":
-        batches = {"batch_sampler": TrainSampler(len(dataset), batch_size, seed, horizontal_flip)}
+        chances = None
+        if objects_power:
+            weights = dataset.labels.sum(dim=1).double().numpy() ** objects_power
+            chances = weights / weights.sum()
+        sampler = TrainSampler(len(dataset), batch_size, seed, horizontal_flip, chances)
+        batches = {"batch_sampler": sampler}
     return DataLoader(
         dataset, **batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_is,
         worker_init_fn=_leave_signals_to_the_parent,

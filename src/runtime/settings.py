@@ -280,6 +280,9 @@ class TrainConfig(Settings):
     stratified_timesteps: bool = False
     """Spread the timesteps of a batch evenly (Kingma et al. 2021, appendix I.1): the loss of a
     batch then varies less."""
+    equal_levels: bool = False
+    """Divide the loss by its running mean at the noise level, so that all levels count the same
+    (Karras et al. 2024, EDM2, section 2.2, learn such weights)."""
     align_to: Path | None = None
     """Draw the network's features towards those of this classifier (src/train_evaluator.py --seed 1
     --out FILE; not the judge), which sees the picture without noise (REPA, Yu et al. 2024)."""
@@ -291,6 +294,9 @@ class TrainConfig(Settings):
     """Decay of the average; starts lower: min(decay, (1 + step) / (10 + step))."""
     horizontal_flip: bool = True
     """Mirror half of the training pictures."""
+    objects_power: NonNegativeFloat = 0.0
+    """Training pictures are drawn in proportion to their number of objects to this power: above 0
+    favours full scenes, which are learned last. 0: an epoch shows each picture once."""
     mixed_precision: Precision = "auto"
     """auto: bf16 where the device computes faster in it, else no."""
     compile: bool = False

@@ -21,6 +21,7 @@ from runtime.device import autocast, autocast_dtype
 from runtime.seeds import derive_seed
 from runtime.settings import TrainConfig, UserError
 from training.alignment import Alignment
+from training.noise_levels import NoiseLevels
 from training.optimizer import make_optimizer, warmup_then_cosine
 from training.reward import Reward
 
@@ -38,6 +39,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     alignment: Alignment | None
     reward: Reward | None
+    levels: NoiseLevels | None
     skipped: Tensor
     """(2,) on the device: steps skipped for NaN or infinite gradients, in all and in a row."""
     step: int = 0
@@ -57,6 +59,7 @@ class TrainState:
             "skipped": self.skipped,
             "alignment": self.alignment.state_dict() if self.alignment else None,
             "reward": self.reward.state_dict() if self.reward else None,
+            "levels": self.levels.state_dict() if self.levels else None,
         }
 
     def load(self, checkpoint: Checkpoint, path: Path) -> tuple[float, float]:
@@ -82,6 +85,8 @@ class TrainState:
                 self.alignment.load_state_dict(stored["alignment"])
             if self.reward is not None:
                 self.reward.load_state_dict(stored["reward"])
+            if self.levels is not None:
+                self.levels.load_state_dict(stored["levels"])
             self.skipped.copy_(stored.get("skipped", self.skipped))
             self.losses = [loss.to(self.skipped.device) for loss in stored.get("losses", [])]
         except Exception as error:  # whatever the loaders make of a stranger's content
@@ -139,6 +144,7 @@ def build_state(
         ),
         alignment,
         Reward(reward_model, config, device) if reward_model else None,
+        NoiseLevels(config.noise.num_train_timesteps).to(device) if config.equal_levels else None,
         torch.zeros(2, device=device),
     )
 
@@ -205,7 +211,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     if state.reward:
         learn_from_reward(state, config, asked, dtype)
-    total = torch.zeros((), device=device)
+    found = []
     parts = config.gradient_accumulation_steps
     for number in range(parts):
         part = slice(len(x_0) * number // parts, len(x_0) * (number + 1) // parts)
@@ -220,14 +226,19 @@ def train_step(
                     model, scheduler, x_0[part], labels[part], t[part], eps[part],
                     config.min_snr_gamma,
                 )  # fmt: skip
-                total += losses.detach().sum() / count
+                found.append(losses.detach())
+                if state.levels:
+                    losses = losses * state.levels.weights(t[part])
                 if state.alignment:
                     losses = losses + config.align_weight * state.alignment(features, images[part])
             # Gradients become their mean over processes: the sum is wanted.
             state.scaler.scale(losses.sum() / count * processes.world_size()).backward()
     if state.alignment:
         state.alignment.share_gradients()
-    return total, update_weights(state, config)
+    losses = torch.cat(found)
+    if state.levels:
+        state.levels.update(t, losses)
+    return losses.sum() / count, update_weights(state, config)
 
 
 def learn_from_reward(

@@ -125,6 +125,20 @@ def test_order_and_flips_follow_from_seed_and_epoch():
     assert len(TrainSampler(3, 10, 0)) == 1  # fewer pictures than a batch
 
 
+def test_full_scenes_come_in_proportion_to_their_objects(world):
+    where = (world, world / "iclevr", "train", 4)
+    counts = IclevrDataset(*where[:3], 8).labels.sum(dim=1)
+    loader = get_dataloader(*where, image_size=8, objects_power=2)
+    drawn = torch.zeros(len(counts))
+    for epoch in range(200):
+        loader.batch_sampler.set_position(epoch)
+        for batch in loader.batch_sampler:
+            drawn += torch.bincount(torch.tensor([i for i, _ in batch]), minlength=len(counts))
+    expected = drawn.sum() * counts**2 / (counts**2).sum()
+    assert len(set(counts.tolist())) > 1
+    assert (drawn - expected).abs().max() < 5 * expected.max().sqrt()  # standard deviations
+
+
 def test_cache_is_reused_and_follows_the_sources(world, monkeypatch):
     first = IclevrDataset(world, world / "iclevr", "train", 8)
     monkeypatch.setattr("iclevr.image_cache.read_image", None)  # decoding again would fail

@@ -98,21 +98,23 @@ def test_two_processes_train_as_one(single, tmp_path):
     assert abs(a - b).max() <= 2
 
 
-def test_two_processes_align_features_as_one(single, tmp_path):
-    """The heads, too, get the gradient of the whole batch."""
+def test_two_processes_align_features_and_weigh_noise_levels_as_one(single, tmp_path):
+    """The heads, too, get the gradient of the whole batch, and levels the losses of all of it."""
     data, _ = single
     teacher = tmp_path / "teacher.pth"
     argv = ["--data_dir", data, "--epochs", 1, "--device", "cpu", "--seed", 1, "--out", teacher]
     train_evaluator.main([str(a) for a in argv])
-    aligned = ["--align_to", teacher, "--align_weight", 2]
+    aligned = ["--align_to", teacher, "--align_weight", 2, "--equal_levels"]
     train.main(argv_of(data, tmp_path / "one", *aligned))
+    aligned += ["--gradient_accumulation_steps", 2]
     code, _, err = finished(launched("train.py", argv_of(data, tmp_path / "two", *aligned)))
     assert code == 0, err
     one, two = tmp_path / "one" / "r", tmp_path / "two" / "r"
     assert_same_run(two, one)
-    heads = (load_checkpoint(latest_checkpoint(x)).training["alignment"] for x in (one, two))
-    for (name, ours), theirs in zip(next(heads).items(), next(heads).values(), strict=True):
-        assert (ours - theirs).norm() <= 2e-4 * theirs.norm(), name
+    first, second = (load_checkpoint(latest_checkpoint(x)).training for x in (one, two))
+    for part in ("alignment", "levels"):
+        for name, theirs in second[part].items():
+            assert (first[part][name] - theirs).norm() <= 2e-4 * theirs.norm(), name
 
 
 def test_two_processes_learn_from_a_reward_model_as_one(single, tmp_path):
