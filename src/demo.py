@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = [
         "--run_name", name, "--output_dir", config.output_dir, "--data_dir", data,
         "--max_train_steps", size["steps"], *["--save_interval", "1", "--sample_interval", "2"],
-        *["--preview_steps", "25", "--wandb", "offline", "--recipe", "small", "--resume", "auto"],
+        *["--preview_steps", "25", "--wandb", "offline", "--recipe", "tiny", "--resume", "auto"],
     ]  # fmt: skip
     stage(train, flags, notes)
     common = [
