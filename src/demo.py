@@ -28,7 +28,7 @@ from runtime.settings import ROOT, Settings, UserError, parse_args, run
 from training.resume import latest_checkpoint
 
 FULL = dict(
-    sequences=2500, steps=650, seeds=4, fd=64, sweep="--scale_max 7 --scale_step 2 --num_seeds 4"
+    sequences=2500, steps=900, seeds=4, fd=64, sweep="--scale_max 7 --scale_step 2 --num_seeds 4"
 )
 QUICK = dict(
     sequences=100, steps=40, seeds=2, fd=8, sweep="--scale_max 3 --scale_step 2 --num_seeds 1"
