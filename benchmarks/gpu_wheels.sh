@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gathers what gpu_session.py needs on a machine that reaches nothing and has Python 3.12 (x86-64),
-# torch 2.11, torchvision, accelerate, torchmetrics, safetensors, scipy, matplotlib, pytest and
-# their needs: the missing wheels, in .wheels/. Then prints the commands to run there.
+# torch 2.11, torchvision, accelerate, torchmetrics, safetensors, scipy, matplotlib, requests, httpx,
+# rich, pytest and their needs: the missing wheels, in .wheels/. Then prints the commands to run there.
 #
 #     benchmarks/gpu_wheels.sh
 set -euo pipefail

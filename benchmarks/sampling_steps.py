@@ -254,7 +254,7 @@ def in_words(report: dict, original: list[float], fast: list[float]) -> str:
         best += f"; Frechet distance of {count} training pictures: {floor:.1f}"
     _, timed = report["seconds_per_picture"]
     as_good = report["cheapest_as_good"] is not None
-    found = "cheapest within its interval" if as_good else "no short run within its interval; timed"
+    found = "cheapest not shown to be worse" if as_good else "all short runs are worse; timed"
     return "\n".join([
         f"{report['title']}; {report['machine']['device']}", "", markdown(head, rows), "", best,
         f"{found}: {timed}",

@@ -33,6 +33,9 @@ def of_training(config: TrainConfig, total_steps: int, pictures: int) -> list[st
         "--reward_weight and the other --reward_ flags: do nothing without --reward_model": (
             config.reward.reward_model is None and config.reward != RewardConfig()
         ),
+        f"--min_snr_gamma {config.min_snr_gamma}: --equal_levels divides its weights out again": (
+            config.min_snr_gamma is not None and config.equal_levels
+        ),
         f"--cfg_dropout_prob {config.cfg_dropout_prob:g}: no picture's condition is ever seen; "
         "the network can't draw what it is asked for": config.cfg_dropout_prob == 1,
         f"noise schedule: at the last of {config.noise.num_train_timesteps} timesteps {last:.2g} "

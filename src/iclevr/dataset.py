@@ -288,7 +288,8 @@ def get_dataloader(
     if mode == "train":
         chances = None
         if objects_power:
-            weights = dataset.labels.sum(dim=1).double().numpy() ** objects_power
+            counts = dataset.labels.sum(dim=1).double().numpy()
+            weights = (counts / counts.max()) ** objects_power
             chances = weights / weights.sum()
         sampler = TrainSampler(len(dataset), batch_size, seed, horizontal_flip, chances)
         batches = {"batch_sampler": sampler}

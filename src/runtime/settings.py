@@ -247,7 +247,7 @@ class TrainConfig(Settings):
     """What all other flags default to: original (the report's network and training), small (4.7 M
     parameters, which a CPU can train in hours) or tiny (5.1 M in larger patches, in minutes)."""
     epochs: PositiveInt = 500
-    """Passes over the training pictures."""
+    """Passes over the training pictures, or as many draws of them (--objects_power)."""
     max_train_steps: PositiveInt | None = None
     """Stop after this many optimiser steps, whatever --epochs says."""
     batch_size: PositiveInt = 64
@@ -282,7 +282,7 @@ class TrainConfig(Settings):
     batch then varies less."""
     equal_levels: bool = False
     """Divide the loss by its running mean at the noise level, so that all levels count the same
-    (Karras et al. 2024, EDM2, section 2.2, learn such weights)."""
+    (Karras et al. 2024, EDM2, learn such weights)."""
     align_to: Path | None = None
     """Draw the network's features towards those of this classifier (src/train_evaluator.py --seed 1
     --out FILE; not the judge), which sees the picture without noise (REPA, Yu et al. 2024)."""

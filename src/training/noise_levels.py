@@ -1,10 +1,9 @@
 """How large the loss is at each noise level, to weight it by.
 
 The loss on a picture that is nearly all noise is large whatever the network does, and its gradient
-is mostly chance; that on little noise is large until details are learned, which decide nothing.
-Between the two, where colors and shapes settle, it is smallest. Divided by its mean at the level,
-each level counts the same: Karras et al. 2024 (EDM2, section 2.2) learn such weights, after
-Kendall et al. 2018.
+is mostly chance; if x_0 is predicted, it is many times that where colors and shapes settle, and
+dozens of times that on little noise. Divided by its mean at the level, each level counts the same:
+Karras et al. 2024 (EDM2) learn such weights, after Kendall et al. 2018.
 """
 
 import torch
@@ -15,7 +14,7 @@ from runtime import processes
 LEVELS = 25
 """Equal parts of [0, T)."""
 DECAY = 0.95
-"""Of a running mean, for every picture of the level."""
+"""Of a running mean, for every picture of the level: it is of the last 20 or so."""
 
 
 class NoiseLevels(nn.Module):
@@ -44,11 +43,10 @@ class NoiseLevels(nn.Module):
         The processes' means stay the same, but for rounding, as those of one process. Levels with
         a NaN or an infinite loss are left as they are.
         """
-        levels = self.levels(t)
-        sums = torch.zeros(2, LEVELS, device=losses.device)
-        sums[0].index_add_(0, levels, losses.float())
-        sums[1].index_add_(0, levels, torch.ones_like(losses, dtype=torch.float32))
-        of_step, counts = processes.total(sums)
+        here = self.levels(t) == torch.arange(LEVELS, device=t.device)[:, None]  # (LEVELS, n)
+        # A sum over rows, not index_add_: on CUDA that adds in another order every time.
+        of_step = torch.where(here, losses.float(), 0).sum(dim=1)
+        of_step, counts = processes.total(torch.stack([of_step, here.sum(dim=1).float()]))
         decay = DECAY**counts * (self.means > 0)
         means = decay * self.means + (1 - decay) * of_step / counts
         self.means.copy_(torch.where(means.isfinite(), means, self.means))

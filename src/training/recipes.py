@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from runtime.settings import ModelConfig, RecipeName, SchedulerConfig, TrainConfig
 
-# What learns from few pictures on a CPU: a narrow network on patches of 2x2 pixels, pictures
+# What a CPU can train: a narrow network on patches of 2x2 pixels, pictures
 # scaled to unit variance, Muon, a condition that is heard from the start and scales features.
 # Objects of unit variance show through much noise: they have their places while alphas_cumprod is
 # still below about .01. So the schedule is shifted towards noise, for training and sampling to
@@ -38,12 +38,12 @@ SMALL = TrainConfig(
     stratified_timesteps=True,
 )
 
-# What gets furthest in ten minutes of two cores. Patches of 4x4 pixels take half the time a
+# What gets furthest in ten minutes of two cores. Patches of 4x4 pixels take less time a
 # picture; batches of 64, as Muon's step costs as much for 64 pictures as for one. A network that
 # little training has made predicts pictures without grain if it predicts x_0: noise need not pass
 # through it (Li & He 2025). What is learned last are the colors and shapes of full scenes, at
-# noise levels where the loss is small: scenes come in proportion to their objects, and all levels
-# count alike.
+# noise levels where the loss is smaller than on mere noise: scenes come in proportion to their
+# objects, and all levels count alike.
 TINY = replace(
     SMALL,
     recipe="tiny",

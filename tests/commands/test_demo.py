@@ -1,12 +1,34 @@
 """src/demo.py's stages."""
 
+import pytest
+
 import demo
 import guidance_scale
+import render_iclevr
+import test
 from diffusion.samplers import check_steps
+from runtime.settings import parse_args
 from training.resume import read_config
 
 
-def test_demo_stages_are_commands_that_parse():
+def test_demo_stages_are_commands_that_parse(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "latest_checkpoint", lambda _: tmp_path / "model.pth")
+    for size in ([], ["--quick"]):
+        stages = {}
+        monkeypatch.setattr(demo, "stage", lambda s, f, *_, **__: stages.update({s.__name__: f}))  # noqa: B023
+        monkeypatch.setattr(demo, "at_once", None)  # the report: all stages are over
+        with pytest.raises(TypeError):
+            demo.main([*size, "--output_dir", str(tmp_path)])
+        flags = {name: [str(flag) for flag in of] for name, of in stages.items()}
+        assert [*flags] == ["render_iclevr", "train", "test", "guidance_scale"]
+        parse_args(render_iclevr.RenderConfig, flags["render_iclevr"])
+        read_config(flags["train"])
+        drawn = parse_args(test.TestConfig, flags["test"]).sampling
+        assert (drawn.resample, drawn.resample_interval) == (4, (0.3, 0.9))
+        assert parse_args(guidance_scale.SweepConfig, flags["guidance_scale"]).scale_step == 2
+
+
+def test_demo_draws_in_steps_that_fit():
     for size in (demo.QUICK, demo.FULL):
         config, _ = read_config(["--recipe", "tiny", "--dry_run"])
         flags = ["--ckpt_path", "x", *demo.SAMPLER, *size["sweep"].split()]

@@ -23,6 +23,7 @@ def doubts(flags: str, steps: int = 1000, pictures: int = 640) -> str:
         ("--lr_warmup_steps 3999", "no higher than 2.5e-05, not 0.0001"),
         ("--max_train_steps 1001 --epochs 100", "--max_train_steps 1001: after 1000 steps"),
         ("--batch_size 641", "there are only 640 pictures"),
+        ("--min_snr_gamma 5 --equal_levels", "--equal_levels divides its weights out again"),
         ("--keep_best --sample_interval 100", "--keep_best: only one preview"),
         ("--align_weight 0.7", "--align_weight 0.7: does nothing"),
         ("--reward_steps 10", "do nothing without --reward_model"),

@@ -1,6 +1,7 @@
 """A step: what it changes, and what becomes of steps with NaN or infinite gradients."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ from conftest import error_of, train_argv
 from runs import auto, poison, records, stopped
 
 import train
+from diffusion.samplers import make_scheduler
 from network.checkpoint import load_checkpoint
 from training import trainer
+from training.noise_levels import NoiseLevels
+from training.recipes import RECIPES
 from training.run_folder import checkpoints, latest_checkpoint
-from training.step import update_ema
+from training.step import build_state, train_step, update_ema
 
 
 def test_a_step_with_nan_is_skipped_and_counted(world, tmp_path, monkeypatch):
@@ -105,6 +109,28 @@ def test_gradients_are_clipped(world, tmp_path, monkeypatch):
                           "--lr_warmup_steps", 0))  # fmt: skip
     for move, lr in moves:
         assert move == pytest.approx(0.01 * lr, rel=0.05)
+
+
+def test_every_picture_counts_by_its_noise_level(monkeypatch):
+    """The gradient of a step is the weights', the loss that is reported is not."""
+    model = replace(
+        RECIPES["tiny"].model, image_size=16, block_out_channels=(8, 8), norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    config = replace(RECIPES["tiny"], model=model, optimizer="adamw")
+    x_0, labels = torch.rand(4, 3, 16, 16), torch.eye(24)[:4]
+
+    def step(weights):
+        monkeypatch.setattr(NoiseLevels, "weights", lambda _, t: weights)
+        state = build_state(config, 10, torch.device("cpu"))
+        loss, norm = train_step(state, config, make_scheduler(config.noise), x_0, labels, None)
+        assert state.levels.means.sum() > 0
+        return loss.item(), norm.item()
+
+    (loss, norm), (same, tripled) = step(torch.ones(4)), step(torch.full((4,), 3.0))
+    assert same == loss and tripled == pytest.approx(3 * norm, rel=1e-4)
+    assert step(torch.tensor([1.0, 0, 0, 0]))[1] != pytest.approx(norm, rel=1e-2)
 
 
 def test_ema_update():

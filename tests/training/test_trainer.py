@@ -144,6 +144,10 @@ def test_recipe_sets_what_no_flag_says():
     small = RECIPES["small"]
     assert config == replace(small, lr=0.5, dry_run=True)
     assert config.model.patch_size == 2 and config.noise.prediction_type == "v_prediction"
+    tiny = RECIPES["tiny"]
+    assert tiny.model.patch_size == 4 and tiny.noise.prediction_type == "sample"
+    assert tiny.equal_levels and tiny.objects_power == 1
+    assert tiny.noise.log_snr_shift == small.noise.log_snr_shift and not small.equal_levels
     original, _ = read_config(["--dry_run", "--recipe", "original"])
     assert original == read_config(["--dry_run"])[0] == TrainConfig(dry_run=True)
     for name, recipe in RECIPES.items():
