@@ -59,12 +59,6 @@ VARIANTS = {
     ),
     "min-snr": ("--min_snr_gamma 5", "Min-SNR weights, gamma 5 (Hang et al. 2023)"),
     "patch-4": ("--patch_size 4", "patches of 4x4 pixels (Luhman & Luhman 2022), not 2x2"),
-    "patch-4-wide": (
-        "--patch_size 4 --block_out_channels 64 128 128 "
-        "--down_block_types DownBlock2D AttnDownBlock2D AttnDownBlock2D "
-        "--up_block_types AttnUpBlock2D AttnUpBlock2D UpBlock2D",
-        "patches of 4x4 pixels, one halving less, 64 channels at the finest",
-    ),
     "attention-16": (
         "--down_block_types DownBlock2D AttnDownBlock2D AttnDownBlock2D AttnDownBlock2D "
         "--up_block_types AttnUpBlock2D AttnUpBlock2D AttnUpBlock2D UpBlock2D",

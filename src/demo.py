@@ -29,6 +29,7 @@ from training.resume import latest_checkpoint
 
 FULL = dict(sequences=2500, steps=1000, seeds=4, fd=64, sweep="--scale_max 7 --num_seeds 4")
 QUICK = dict(sequences=100, steps=40, seeds=2, fd=8, sweep="--scale_max 3 --num_seeds 1")
+RECIPE = "tiny"
 SAMPLER = ["--scheduler", "ddpm", "--num_inference_steps", "12"]
 # Steps in which colors and shapes settle, four times: chosen on conditions outside the splits. The
 # sweep takes every step once, for time's sake, so its figures at one scale are other ones.
@@ -97,12 +98,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_dir, result = config.output_dir / name, config.output_dir / "result" / name
     data, notes = run_dir / "data", run_dir / "demo.json"
 
+    kept = run_dir / "config.json"
+    if kept.exists() and read_json(kept, "delete the folder").get("recipe") != RECIPE:
+        raise UserError(
+            f"{run_dir}: holds a network of another recipe, from a version before; delete the "
+            "folder or choose another --output_dir"
+        )
     flags = ["--num_sequences", size["sequences"], "--out_dir", data]
     stage(render_iclevr, flags, notes, done=(data / "train.json").exists())
     flags = [
         "--run_name", name, "--output_dir", config.output_dir, "--data_dir", data,
         "--max_train_steps", size["steps"], *["--save_interval", "1", "--sample_interval", "2"],
-        *["--preview_steps", "25", "--wandb", "offline", "--recipe", "tiny", "--resume", "auto"],
+        *["--preview_steps", "25", "--wandb", "offline", "--recipe", RECIPE, "--resume", "auto"],
     ]  # fmt: skip
     stage(train, flags, notes)
     common = ["--ckpt_path", latest_checkpoint(run_dir), "--data_dir", data, "--wandb", "offline"]

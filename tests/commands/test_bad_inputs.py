@@ -164,7 +164,7 @@ CASES = {
     "data: a file": Case("train", ("objects.json",), "--data_dir {ckpt}"),
     # --- pictures
     "picture: truncated": Case(
-        "train", (NAME, "not a readable picture"),
+        "train", (NAME, "not a readable picture", "run src/render_iclevr.py again"),
         change=lambda files: os.truncate(files["data"] / "iclevr" / NAME, 200),
     ),
     "conditions are read before pictures": Case(

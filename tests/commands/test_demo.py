@@ -1,6 +1,7 @@
 """src/demo.py's stages."""
 
 import pytest
+from conftest import error_of
 
 import demo
 import guidance_scale
@@ -26,6 +27,15 @@ def test_demo_stages_are_commands_that_parse(monkeypatch, tmp_path):
         drawn = parse_args(test.TestConfig, flags["test"]).sampling
         assert (drawn.resample, drawn.resample_interval) == (4, (0.3, 0.9))
         assert parse_args(guidance_scale.SweepConfig, flags["guidance_scale"]).scale_step == 2
+
+
+def test_a_run_of_an_older_demo_is_no_run_of_this_one(tmp_path):
+    run_dir = tmp_path / "demo"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text('{"recipe": "small"}')
+    message = error_of(demo.main, ["--output_dir", tmp_path])
+    assert f"{run_dir}: holds a network of another recipe" in message
+    assert [path.name for path in run_dir.iterdir()] == ["config.json"]
 
 
 def test_demo_draws_in_steps_that_fit():
