@@ -1,16 +1,19 @@
-"""What each choice of the small recipe is worth: one change at a time, equal training time.
+"""What each choice of a recipe is worth: one change at a time, equal training time.
 
     python benchmarks/ablations.py --minutes 10
+    python benchmarks/ablations.py --minutes 7 --recipe tiny
 
-Every variant is `python src/train.py --recipe small` with one thing changed, mostly back to what
-the original recipe has. All of them train for the same time, two at once with half of the cores
-each, and are scored with the same sampler and noise. Differences to the recipe as it is are paired
-by seed. Writes table and JSON to output/benchmarks/ablations/; a second start goes on.
+Every variant is `python src/train.py --recipe small` (or `tiny`) with one thing changed, mostly
+back to what the recipe before it has. All of them train for the same time, two at once with half
+of the cores each, and are scored with the same sampler and noise. Differences to the recipe as it
+is are paired by seed. Writes table and JSON to output/benchmarks/ablations/<recipe>/; a second
+start goes on.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -32,8 +35,8 @@ from runtime.settings import (
 )
 from training.run_folder import latest_checkpoint
 
-BASE = "small"
-VARIANTS = {
+BASE = "as-it-is"
+SMALL = {
     BASE: ("", "the recipe as it is"),
     "adamw": ("--optimizer adamw --lr 1e-3", "AdamW at its best rate of those tried, not Muon"),
     "no-shift": (
@@ -75,18 +78,38 @@ VARIANTS = {
     "float32": ("--mixed_precision no", "float32, not bfloat16"),
 }
 """Name -> flag that is changed, and what it changes."""
+TINY = {
+    BASE: ("", "the recipe as it is"),
+    "v": ("--prediction_type v_prediction", "predicts v (Salimans & Ho 2022), not x_0"),
+    "all-scenes-alike": ("--objects_power 0", "full scenes come no more often than others"),
+    "fuller-scenes": ("--objects_power 2", "full scenes come more often still"),
+    "plain-levels": ("--no-equal_levels", "noise levels count as their losses are large"),
+    "batch-32": ("--batch_size 32 --lr 1.5e-3", "batches of 32 at their rate"),
+    "batch-128": ("--batch_size 128 --lr 3e-3 --lr_warmup_steps 30", "batches of 128 at theirs"),
+    "lr-3e-3": ("--lr 3e-3", "a larger learning rate"),
+    "attention-16": (
+        "--down_block_types AttnDownBlock2D AttnDownBlock2D AttnDownBlock2D "
+        "--up_block_types AttnUpBlock2D AttnUpBlock2D AttnUpBlock2D",
+        "attention at 16x16 positions too",
+    ),
+}
+"""The same for the demo's recipe."""
+VARIANTS: dict[str, dict[str, tuple[str, str]]] = {"small": SMALL, "tiny": TINY}
 
 
 @dataclass(frozen=True)
 class AblationConfig(Settings):
-    """Train the small recipe with one change at a time, for the same time, and score."""
+    """Train a recipe with one change at a time, for the same time, and score."""
+
+    recipe: Literal["small", "tiny"] = "small"
+    """Whose choices."""
 
     minutes: PositiveFloat = 10.0
     """Training time of each variant."""
     at_once: PositiveInt = 2
     """Trainings at a time; the cores are shared between them."""
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    """Which to train; the recipe as it is always comes along."""
+    variants: tuple[str, ...] = ()
+    """Which to train, default: all; the recipe as it is always comes along."""
     num_seeds: PositiveInt = 8
     """Draws of both splits."""
     sampling: SamplingConfig = SamplingConfig(
@@ -100,29 +123,31 @@ class AblationConfig(Settings):
 
 def main(argv: Sequence[str] | None = None) -> dict:
     config = parse_args(AblationConfig, argv)
+    variants = VARIANTS[config.recipe]
     for name in config.variants:
-        if name not in VARIANTS:
-            raise UserError(f"--variants {name}: unknown; there are {', '.join(VARIANTS)}")
-    names = [BASE, *(name for name in config.variants if name != BASE)]
-    flags = {name: f"--recipe small {VARIANTS[name][0]}" for name in names}
-    train_equally_long(flags, config.minutes, 1, config.output_dir, config.data, config.at_once)
-    found = {name: latest_checkpoint(config.output_dir / name) for name in names}
-    path = config.output_dir / "ablations.json"
+        if name not in variants:
+            raise UserError(f"--variants {name}: unknown; there are {', '.join(variants)}")
+    names = [BASE, *(name for name in config.variants or variants if name != BASE)]
+    flags = {name: f"--recipe {config.recipe} {variants[name][0]}" for name in names}
+    folder = config.output_dir / config.recipe
+    train_equally_long(flags, config.minutes, 1, folder, config.data, config.at_once)
+    found = {name: latest_checkpoint(folder / name) for name in names}
+    path = folder / "ablations.json"
     notes = {name: {"flags": flags[name]} for name in names}
     report = score_all(found, config.data, config.sampling, config.num_seeds, path, notes)
-    text = summary(report)
-    save_text(text, config.output_dir / "ablations.md")
-    print(f"{text}\n{config.output_dir}")
+    text = summary(report, variants)
+    save_text(text, folder / "ablations.md")
+    print(f"{text}\n{folder}")
     return report
 
 
-def summary(report: dict) -> str:
+def summary(report: dict, variants: dict[str, tuple[str, str]]) -> str:
     """A line for each variant, with its difference to the recipe as it is."""
     head = ["change", "flag", "minutes", "pictures seen", "accuracy", "difference", "exact sets"]
     rows = []
     base = np.array(report["points"][BASE]["draws"]["accuracy"])
     for name, point in report["points"].items():
-        flag, what = VARIANTS[name]
+        flag, what = variants[name]
         difference = mean_interval(np.array(point["draws"]["accuracy"]) - base)
         rows.append([
             what, flag and f"`{flag}`", f"{point['minutes']:.1f}", f"{point['pictures']:,}",

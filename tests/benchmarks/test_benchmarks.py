@@ -56,10 +56,11 @@ def test_flags_of_a_network_make_the_network(model):
     assert parse_args(TrainConfig, shlex.split(model_flags(model))).model == model
 
 
-def test_variants_change_what_they_say():
+@pytest.mark.parametrize("recipe", ablations.VARIANTS)
+def test_variants_change_what_they_say(recipe):
     """Every flag is one of src/train.py's, and none repeats what the recipe has anyway."""
-    base = RECIPES["small"]
-    for name, (flags, _) in ablations.VARIANTS.items():
+    base = RECIPES[recipe]
+    for name, (flags, _) in ablations.VARIANTS[recipe].items():
         config = parse_args(TrainConfig, shlex.split(flags), base)
         assert (config == base) is (name == ablations.BASE)
 
