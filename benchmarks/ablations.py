@@ -73,8 +73,10 @@ SMALL = {
         "--align_to output/teacher.pth",
         "features aligned to a classifier's (REPA, Yu et al. 2024), see README",
     ),
+    "wider-coarse": ("--block_out_channels 32 64 128 192", "192 channels at 4x4 positions"),
     "embeddings-512": ("--time_embedding_dim 512", "embeddings of 512 channels, not 128"),
     "no-average": ("--no-ema", "no average of the weights"),
+    "longer-average": ("--ema_decay 0.9995", "an average over four times as many steps"),
     "float32": ("--mixed_precision no", "float32, not bfloat16"),
 }
 """Name -> flag that is changed, and what it changes."""
