@@ -188,6 +188,7 @@ def add(
     shows: Sequence[str],
     added: Sequence[str],
     seed: int,
+    flag: str = "--prompt",
 ) -> Addition:
     """Add objects to a picture and judge what has become of it.
 
@@ -195,6 +196,7 @@ def add(
         picture: what it is called.
         image: (3, S, S) in [-1, 1], as `open_picture` gives it.
         shows: what is in it.
+        flag: by which somebody says that it shows something else.
 
     Raises:
         UserError: an object is there already, no place is free, or as `plan`.
@@ -202,7 +204,7 @@ def add(
     if there := set(shows) & set(added):
         raise UserError(
             f"--add {', '.join(added)!r}: {min(there)!r} is in the picture already; "
-            "if it is not, say with --prompt what the picture shows"
+            f"if it is not, fill in {flag} with what the picture shows"
         )
     objects = bench.checkpoint.objects
     whole = plan(bench, [*shows, *added], seed, sampling)

@@ -191,13 +191,14 @@ class Handlers:
         picture, image, drawing = self.picture_of(session, number, upload)
         told = there if there.strip() else None
         described = drawing and drawing.objects
-        names, who = objects_in(self.bench, picture, image, told, described, "--what_is_there")
+        flag = "--what_is_there"
+        names, who = objects_in(self.bench, picture, image, told, described, flag)
         new, seed = parse_prompt(added, self.objects, "--add"), seed_of(seed)
         sampling = self.sampling(*how)
         shows = ", ".join(names) + (f" ({who})" if who else "")
         html = before_and_after(image, shows, None, self.objects)
         yield html, f"Adding {escape(', '.join(new))} &hellip;", gr.skip()
-        drawn = add(self.bench, sampling, picture, image, names, new, seed)
+        drawn = add(self.bench, sampling, picture, image, names, new, seed, flag)
         yield before_and_after(image, shows, drawn, self.objects), what_became(drawn), gr.skip()
 
     def open_file(self, path: str) -> Iterator[tuple]:
