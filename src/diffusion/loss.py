@@ -21,12 +21,15 @@ def draw_timesteps(
     num_train_timesteps: int,
     power: float = 1.0,
     stratified: bool = False,
+    interval: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Random timesteps in [0, T), (count,), on the device of the generator.
 
     Args:
         power: t is T u^(1 / power), u uniform in [0, 1); 1 is uniform.
+        interval: where it is not (0, 1), half of the timesteps have t / T in it, the other half
+            anywhere.
         stratified: one u in each of `count` equal parts of [0, 1), so that a batch sees all noise
             levels (in the spirit of Kingma et al. 2021, appendix I.1).
     """
@@ -34,7 +37,13 @@ def draw_timesteps(
     u = torch.rand(count, device=device, generator=generator)
     if stratified:
         u = (torch.arange(count, device=device) + u) / count
-    return (num_train_timesteps * u ** (1 / power)).long().clamp(max=num_train_timesteps - 1)
+    first, last = interval
+    if interval == (0, 1):
+        x = u ** (1 / power)
+    else:
+        inside, u = u < 0.5, 2 * u % 1
+        x = torch.where(inside, first + (last - first) * u, u ** (1 / power))
+    return (num_train_timesteps * x).long().clamp(max=num_train_timesteps - 1)
 
 
 def training_loss(

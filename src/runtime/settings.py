@@ -277,6 +277,8 @@ class TrainConfig(Settings):
     timestep_power: PositiveFloat = 1.0
     """Timesteps are drawn as T u^(1 / power), u uniform in [0, 1): above 1 favours noisy ones,
     where it is decided which objects stand where."""
+    timestep_interval: TimeInterval = (0.0, 1.0)
+    """Half of the pictures get timesteps with t / T in here, the others any."""
     stratified_timesteps: bool = False
     """Spread the timesteps of a batch evenly (Kingma et al. 2021, appendix I.1): the loss of a
     batch then varies less."""

@@ -42,8 +42,8 @@ SMALL = TrainConfig(
 # picture; batches of 64, as Muon's step costs as much for 64 pictures as for one. A network that
 # little training has made predicts pictures without grain if it predicts x_0: noise need not pass
 # through it (Li & He 2025). What is learned last are the colors and shapes of full scenes, at
-# noise levels where the loss is smaller than on mere noise: scenes come in proportion to their
-# objects, and all levels count alike.
+# noise levels in the middle, where the loss is smaller than on mere noise: so full scenes and these
+# levels come more often, and all levels count alike.
 TINY = replace(
     SMALL,
     recipe="tiny",
@@ -57,7 +57,8 @@ TINY = replace(
     noise=replace(SMALL.noise, prediction_type="sample"),
     batch_size=64,
     lr=2e-3,
-    objects_power=1.0,
+    objects_power=2.0,
+    timestep_interval=(0.3, 0.9),
     equal_levels=True,
 )
 

@@ -171,7 +171,7 @@ def draw_randomness(
     generator = step_generator(config.seed, step, like.device)
     t = draw_timesteps(
         count, config.noise.num_train_timesteps, config.timestep_power,
-        config.stratified_timesteps, generator,
+        config.stratified_timesteps, config.timestep_interval, generator,
     )  # fmt: skip
     eps = torch.randn(count, *like.shape[1:], device=like.device, generator=generator)
     all_kept = torch.ones(count, 1, device=like.device)

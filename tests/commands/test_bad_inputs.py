@@ -292,6 +292,7 @@ CASES = {
     "steps taken again by a solver": Case(
         "test", ("--resample 2", "--scheduler ddpm"), "--resample 2 --scheduler unipc"
     ),
+    "timesteps backwards": Case("train", ("--timestep_interval",), "--timestep_interval 1 0.5"),
     "resampling backwards": Case("test", ("--resample_interval",), "--resample_interval 1 0.5"),
     "the best of none": Case("guidance_scale", ("--best_of", "0"), "--best_of 0"),
     "no classifier": Case("train", ("teacher.pth: not found",), "--align_to {out}/teacher.pth"),

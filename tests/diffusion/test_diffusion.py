@@ -442,16 +442,36 @@ def test_timestep_power_favours_noisy_steps():
     """t / T has the distribution function x^power: its median is 2^(-1 / power)."""
     for power in (1.0, 4.0):
         for stratified in (False, True):
-            t = draw_timesteps(20000, 500, power, stratified, torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            t = draw_timesteps(20000, 500, power, stratified, generator=generator)
             assert t.float().median() / 500 == pytest.approx(0.5 ** (1 / power), abs=0.02)
             assert t.min() >= 0 and t.max() == 499
+
+
+def test_half_of_the_timesteps_lie_in_the_interval():
+    """And as many of the others as its length says; every batch has its share if stratified."""
+    for stratified, batches in ((False, [20000]), (True, [64] * 100)):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [
+            draw_timesteps(count, 500, 1.0, stratified, (0.3, 0.9), generator) for count in batches
+        ]
+        t = torch.cat(drawn) / 500
+        inside = (t >= 0.3) & (t < 0.9)
+        assert inside.float().mean() == pytest.approx(0.5 + 0.5 * 0.6, abs=0.01)
+        assert t[inside].mean() == pytest.approx(0.6, abs=0.01)
+        assert (t < 0.3).float().mean() == pytest.approx(0.5 * 0.3, abs=0.01)
+        assert t.min() == 0 and t.max() == 499 / 500
+        if stratified:
+            halves = [((b >= 150) & (b < 450)).sum().item() for b in drawn]
+            assert max(halves) - min(halves) <= 2  # 32 in the first half, 32 * .6 in the other
 
 
 def test_stratified_timesteps_are_spread_over_every_batch():
     """One in each part of the range, and uniform within it."""
     seen = []
     for seed in range(200):
-        t = draw_timesteps(10, 500, 1.0, True, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        t = draw_timesteps(10, 500, 1.0, True, generator=generator)
         assert (t // 50).tolist() == list(range(10))
         seen.append(t % 50)
     within = torch.stack(seen).float()

@@ -146,7 +146,7 @@ def test_recipe_sets_what_no_flag_says():
     assert config.model.patch_size == 2 and config.noise.prediction_type == "v_prediction"
     tiny = RECIPES["tiny"]
     assert tiny.model.patch_size == 4 and tiny.noise.prediction_type == "sample"
-    assert tiny.equal_levels and tiny.objects_power == 1
+    assert tiny.equal_levels and tiny.objects_power == 2 and tiny.timestep_interval == (0.3, 0.9)
     assert tiny.noise.log_snr_shift == small.noise.log_snr_shift and not small.equal_levels
     original, _ = read_config(["--dry_run", "--recipe", "original"])
     assert original == read_config(["--dry_run"])[0] == TrainConfig(dry_run=True)
