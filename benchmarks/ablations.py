@@ -36,7 +36,7 @@ from runtime.settings import (
 from training.run_folder import latest_checkpoint
 
 BASE = "as-it-is"
-SMALL = {
+OF_SMALL = {
     BASE: ("", "the recipe as it is"),
     "adamw": ("--optimizer adamw --lr 1e-3", "AdamW at its best rate of those tried, not Muon"),
     "no-shift": (
@@ -80,7 +80,8 @@ SMALL = {
     "float32": ("--mixed_precision no", "float32, not bfloat16"),
 }
 """Name -> flag that is changed, and what it changes."""
-TINY = {
+
+OF_TINY = {
     BASE: ("", "the recipe as it is"),
     "v": ("--prediction_type v_prediction", "predicts v (Salimans & Ho 2022), not x_0"),
     "all-scenes-alike": ("--objects_power 0", "full scenes come no more often than others"),
@@ -96,8 +97,7 @@ TINY = {
         "attention at 16x16 positions too",
     ),
 }
-"""The same for the demo's recipe."""
-VARIANTS: dict[str, dict[str, tuple[str, str]]] = {"small": SMALL, "tiny": TINY}
+VARIANTS: dict[str, dict[str, tuple[str, str]]] = {"small": OF_SMALL, "tiny": OF_TINY}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     variants = VARIANTS[config.recipe]
     for name in config.variants:
         if name not in variants:
-            raise UserError(f"--variants {name}: unknown; there are {', '.join(variants)}")
+            raise UserError(
+                f"--variants {name}: unknown for --recipe {config.recipe}; there are "
+                f"{', '.join(variants)}"
+            )
     names = [BASE, *(name for name in config.variants or variants if name != BASE)]
     flags = {name: f"--recipe {config.recipe} {variants[name][0]}" for name in names}
     folder = config.output_dir / config.recipe

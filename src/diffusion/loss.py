@@ -28,8 +28,8 @@ def draw_timesteps(
 
     Args:
         power: t is T u^(1 / power), u uniform in [0, 1); 1 is uniform.
-        interval: where it is not (0, 1), half of the timesteps have t / T in it, the other half
-            anywhere.
+        interval: half of the timesteps are drawn from this part of [0, 1) alone, uniformly, the
+            others by `power` from all of it; (0, 1): all are drawn so.
         stratified: one u in each of `count` equal parts of [0, 1), so that a batch sees all noise
             levels (in the spirit of Kingma et al. 2021, appendix I.1).
     """
@@ -41,8 +41,8 @@ def draw_timesteps(
     if interval == (0, 1):
         x = u ** (1 / power)
     else:
-        inside, u = u < 0.5, 2 * u % 1
-        x = torch.where(inside, first + (last - first) * u, u ** (1 / power))
+        inside, others = first + (last - first) * 2 * u, (2 * u - 1).clamp(min=0) ** (1 / power)
+        x = torch.where(u < 0.5, inside, others)
     return (num_train_timesteps * x).long().clamp(max=num_train_timesteps - 1)
 
 

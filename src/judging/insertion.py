@@ -204,7 +204,7 @@ def add(
     if there := set(shows) & set(added):
         raise UserError(
             f"--add {', '.join(added)!r}: {min(there)!r} is in the picture already; "
-            f"if it is not, fill in {flag}: what the picture shows"
+            f"if it is not, fill in {flag} with what the picture shows"
         )
     objects = bench.checkpoint.objects
     whole = plan(bench, [*shows, *added], seed, sampling)

@@ -278,13 +278,14 @@ class TrainConfig(Settings):
     """Timesteps are drawn as T u^(1 / power), u uniform in [0, 1): above 1 favours noisy ones,
     where it is decided which objects stand where."""
     timestep_interval: TimeInterval = (0.0, 1.0)
-    """Half of the pictures get timesteps with t / T in here, the others any."""
+    """Half of a batch's timesteps are drawn with t / T in here, the others as --timestep_power
+    says; 0 1: all of them so."""
     stratified_timesteps: bool = False
     """Spread the timesteps of a batch evenly (Kingma et al. 2021, appendix I.1): the loss of a
     batch then varies less."""
     equal_levels: bool = False
-    """Divide the loss by its running mean at the noise level, so that all levels count the same
-    (Karras et al. 2024, EDM2, learn such weights)."""
+    """Divide the loss by its running mean at the noise level, so that a picture counts the same at
+    every level (Karras et al. 2024, EDM2, learn such weights)."""
     align_to: Path | None = None
     """Draw the network's features towards those of this classifier (src/train_evaluator.py --seed 1
     --out FILE; not the judge), which sees the picture without noise (REPA, Yu et al. 2024)."""

@@ -43,7 +43,7 @@ SMALL = TrainConfig(
 # little training has made predicts pictures without grain if it predicts x_0: noise need not pass
 # through it (Li & He 2025). What is learned last are the colors and shapes of full scenes, at
 # noise levels in the middle, where the loss is smaller than on mere noise: so full scenes and these
-# levels come more often, and all levels count alike.
+# levels come more often, and a picture counts the same at every level.
 TINY = replace(
     SMALL,
     recipe="tiny",

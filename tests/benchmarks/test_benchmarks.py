@@ -65,6 +65,33 @@ def test_variants_change_what_they_say(recipe):
         assert (config == base) is (name == ablations.BASE)
 
 
+def test_ablations_train_the_recipe_and_its_variants(tmp_path, monkeypatch):
+    trained = {}
+    monkeypatch.setattr(ablations, "train_equally_long", lambda flags, *_: trained.update(flags))
+    monkeypatch.setattr(ablations, "latest_checkpoint", lambda folder: folder / "x.pth")
+    share = {"mean": 0.5, "low": 0.4, "high": 0.6}
+
+    def score_all(found, data, sampling, num_seeds, path, notes):
+        assert found["v"] == tmp_path / "tiny" / "v" / "x.pth" and path.parent == tmp_path / "tiny"
+        base = {"accuracy": share, "exact_sets": share, "minutes": 7, "pictures": 64}
+        points = {name: base | {"draws": {"accuracy": [0.4, 0.6]}} for name in found}
+        return {"points": points, "judge": "j", "machine": {"device": "cpu"}, "seeds": num_seeds}
+
+    monkeypatch.setattr(ablations, "score_all", score_all)
+    argv = ["--recipe", "tiny", "--output_dir", str(tmp_path)]
+    ablations.main(argv)
+    assert trained == {
+        name: f"--recipe tiny {flags}" for name, (flags, _) in ablations.OF_TINY.items()
+    }
+    trained.clear()
+    ablations.main([*argv, "--variants", "v"])
+    assert [*trained] == [ablations.BASE, "v"]
+    assert "predicts v" in (tmp_path / "tiny" / "ablations.md").read_text()
+    assert "adamw: unknown for --recipe tiny" in error_of(
+        ablations.main, [*argv, "--variants", "adamw"]
+    )
+
+
 def test_time_is_that_of_the_steps(tmp_path):
     """A run that was resumed: the seconds of its records, wherever the steps between them went."""
     lines = [

@@ -1,5 +1,8 @@
 """src/demo.py's stages."""
 
+import json
+from dataclasses import replace
+
 import pytest
 from conftest import error_of
 
@@ -8,7 +11,9 @@ import guidance_scale
 import render_iclevr
 import test
 from diffusion.samplers import check_steps
-from runtime.settings import parse_args
+from runtime.files import write_json
+from runtime.settings import parse_args, to_dict
+from training.recipes import RECIPES
 from training.resume import read_config
 
 
@@ -22,20 +27,38 @@ def test_demo_stages_are_commands_that_parse(monkeypatch, tmp_path):
             demo.main([*size, "--output_dir", str(tmp_path)])
         flags = {name: [str(flag) for flag in of] for name, of in stages.items()}
         assert [*flags] == ["render_iclevr", "train", "test", "guidance_scale"]
-        parse_args(render_iclevr.RenderConfig, flags["render_iclevr"])
+        rendered = parse_args(render_iclevr.RenderConfig, flags["render_iclevr"])
+        assert rendered.samples == demo.SAMPLES
         read_config(flags["train"])
         drawn = parse_args(test.TestConfig, flags["test"]).sampling
         assert (drawn.resample, drawn.resample_interval) == (4, (0.3, 0.9))
         assert parse_args(guidance_scale.SweepConfig, flags["guidance_scale"]).scale_step == 2
 
 
-def test_a_run_of_an_older_demo_is_no_run_of_this_one(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("config.json", {"recipe": "small"}, "recipe"),
+        ("config.json", to_dict(replace(RECIPES["tiny"], objects_power=1.0)), "objects_power"),
+        ("data/render.json", {"samples": 16}, "samples"),
+    ],
+)
+def test_a_run_of_an_older_demo_is_no_run_of_this_one(tmp_path, name, content, what):
+    path = tmp_path / "demo" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content))
+    message = error_of(demo.main, ["--output_dir", tmp_path])
+    assert f"{path}: of a version before, with another {what}" in message
+    assert [file for file in (tmp_path / "demo").rglob("*") if file.is_file()] == [path]
+
+
+def test_a_run_of_this_demo_is_gone_on_with(tmp_path):
+    """Whatever may differ: where it lies, how long it is."""
+    flags = ["--recipe", "tiny", "--output_dir", str(tmp_path), "--max_train_steps", "5"]
     run_dir = tmp_path / "demo"
     run_dir.mkdir()
-    (run_dir / "config.json").write_text('{"recipe": "small"}')
-    message = error_of(demo.main, ["--output_dir", tmp_path])
-    assert f"{run_dir}: holds a network of another recipe" in message
-    assert [path.name for path in run_dir.iterdir()] == ["config.json"]
+    write_json(run_dir / "config.json", to_dict(read_config(flags)[0]))
+    demo.check_version(run_dir, run_dir / "data")
 
 
 def test_demo_draws_in_steps_that_fit():

@@ -324,7 +324,8 @@ def test_an_object_is_added(tmp_path, capsys):
     plain = tmp_path / "plain.png"
     shutil.copy(first, plain)
     main = test.main
-    assert "is in the picture already" in error_of(main, [*added[:-3], "blue cube", "--to", plain])
+    message = error_of(main, [*added[:-3], "blue cube", "--to", plain])
+    assert "already; if it is not, fill in --prompt" in message
     assert "the picture shows: blue cube (judge: stand-in)" in capsys.readouterr().out
     assert "--add 'red ball'" in error_of(main, [*added[:-3], "red ball", "--to", plain])
     assert "use both" in error_of(main, added[:-2])

@@ -448,8 +448,8 @@ def test_timestep_power_favours_noisy_steps():
             assert t.min() >= 0 and t.max() == 499
 
 
-def test_half_of_the_timesteps_lie_in_the_interval():
-    """And as many of the others as its length says; every batch has its share if stratified."""
+def test_half_of_the_timesteps_are_drawn_from_the_interval():
+    """And as many of the others lie there as its length says; stratified, in every batch."""
     for stratified, batches in ((False, [20000]), (True, [64] * 100)):
         generator = torch.Generator().manual_seed(0)
         drawn = [
@@ -464,6 +464,15 @@ def test_half_of_the_timesteps_lie_in_the_interval():
         if stratified:
             halves = [((b >= 150) & (b < 450)).sum().item() for b in drawn]
             assert max(halves) - min(halves) <= 2  # 32 in the first half, 32 * .6 in the other
+
+
+def test_the_timesteps_outside_the_interval_are_drawn_by_power(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    t = draw_timesteps(20000, 500, 3.0, True, (0.5, 1.0), generator) / 500
+    assert (t >= 0.5).float().mean() == pytest.approx(0.5 + 0.5 * (1 - 0.5**3), abs=0.01)
+    # The last stratum's u may round up to 1: the largest timestep then, not the least.
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.full((count,), 1 - 2**-24))
+    assert draw_timesteps(64, 500, 1.0, True, (0.3, 0.9), generator)[-1] == 499
 
 
 def test_stratified_timesteps_are_spread_over_every_batch():

@@ -24,7 +24,7 @@ from training.run_folder import latest_checkpoint
         ("no", "adamw", []),
         ("no", "muon", []),
         ("no", "muon", ["--align_to", "TEACHER"]),
-        ("no", "muon", ["--equal_levels", "--objects_power", 1]),
+        ("no", "muon", ["--equal_levels", "--objects_power", 1, "--timestep_interval", 0.3, 0.9]),
         ("no", "adamw", ["--reward_model", "TEACHER", "--reward_steps", 5]),
         ("no", "adamw", ["--no-ema", "--gradient_accumulation_steps", 2, "--num_workers", 1]),
         ("fp16", "adamw", []),

@@ -15,7 +15,7 @@ from training import trainer
 from training.noise_levels import NoiseLevels
 from training.recipes import RECIPES
 from training.run_folder import checkpoints, latest_checkpoint
-from training.step import build_state, train_step, update_ema
+from training.step import build_state, draw_randomness, train_step, update_ema
 
 
 def test_a_step_with_nan_is_skipped_and_counted(world, tmp_path, monkeypatch):
@@ -131,6 +131,13 @@ def test_every_picture_counts_by_its_noise_level(monkeypatch):
     (loss, norm), (same, tripled) = step(torch.ones(4)), step(torch.full((4,), 3.0))
     assert same == loss and tripled == pytest.approx(3 * norm, rel=1e-4)
     assert step(torch.tensor([1.0, 0, 0, 0]))[1] != pytest.approx(norm, rel=1e-2)
+
+
+def test_timesteps_are_drawn_as_the_settings_say():
+    config = replace(RECIPES["tiny"], timestep_interval=(0.5, 0.6))
+    t, _, _ = draw_randomness(config, 0, 200, torch.zeros(1, 3, 8, 8))
+    total = config.noise.num_train_timesteps
+    assert ((t >= 0.5 * total) & (t < 0.6 * total)).sum() == pytest.approx(110, abs=2)
 
 
 def test_ema_update():
