@@ -98,7 +98,7 @@ def check_version(run_dir: Path, data: Path) -> None:
         kept = read_json(path, f"delete {run_dir}") if path.exists() else settings
         if other := [name for name, value in settings.items() if kept.get(name) != value]:
             raise UserError(
-                f"{path}: of a version before, with another {other[0]}; delete {run_dir} or "
+                f"{path}: of a version before ({other[0]} differs); delete {run_dir} or "
                 "choose another --output_dir"
             )
 

@@ -49,7 +49,7 @@ def test_a_run_of_an_older_demo_is_no_run_of_this_one(tmp_path, monkeypatch, nam
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(content))
     message = error_of(demo.main, ["--output_dir", tmp_path])
-    assert f"{path}: of a version before, with another {what}" in message
+    assert f"{path}: of a version before ({what} differs)" in message
     assert [file for file in (tmp_path / "demo").rglob("*") if file.is_file()] == [path]
 
 
