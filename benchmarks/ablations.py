@@ -106,7 +106,6 @@ class AblationConfig(Settings):
 
     recipe: Literal["small", "tiny"] = "small"
     """Whose choices."""
-
     minutes: PositiveFloat = 10.0
     """Training time of each variant."""
     at_once: PositiveInt = 2

@@ -32,7 +32,7 @@ FULL = dict(sequences=2500, steps=1150, seeds=4, fd=64, sweep="--scale_max 7 --n
 QUICK = dict(sequences=100, steps=40, seeds=2, fd=8, sweep="--scale_max 3 --num_seeds 1")
 RECIPE = "tiny"
 SAMPLES = 8
-"""Light paths per pixel: half of the stand-in's in half of the time; 64x64 shows no difference."""
+"""Light paths per pixel: half of the stand-in's, as 64x64 hardly shows the difference."""
 SAMPLER = ["--scheduler", "ddpm", "--num_inference_steps", "12"]
 # Steps in which colors and shapes settle, four times: chosen on conditions outside the splits. The
 # sweep takes every step once, for time's sake, so its figures at one scale are other ones.
@@ -96,6 +96,8 @@ def check_version(run_dir: Path, data: Path) -> None:
     }
     for path, settings in expected.items():
         kept = read_json(path, f"delete {run_dir}") if path.exists() else settings
+        if not isinstance(kept, dict):
+            raise UserError(f"{path}: not a dict of settings; delete {run_dir}")
         if other := [name for name, value in settings.items() if kept.get(name) != value]:
             raise UserError(
                 f"{path}: of a version before ({other[0]} differs); delete {run_dir} or "

@@ -53,6 +53,18 @@ def test_a_run_of_an_older_demo_is_no_run_of_this_one(tmp_path, monkeypatch, nam
     assert [file for file in (tmp_path / "demo").rglob("*") if file.is_file()] == [path]
 
 
+@pytest.mark.parametrize(
+    ("content", "words"), [("[]", "not a dict"), ("", "delete"), ('{"recipe": "ti', "delete")]
+)
+def test_damaged_settings_of_a_run_end_the_demo(tmp_path, monkeypatch, content, words):
+    monkeypatch.setattr(demo, "stage", None)  # nothing is begun
+    path = tmp_path / "demo" / "config.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    message = error_of(demo.main, ["--output_dir", tmp_path])
+    assert message.startswith(f"{path}: ") and words in message
+
+
 def test_a_run_of_this_demo_is_gone_on_with(tmp_path):
     """Whatever may differ: where it lies, how long it is."""
     flags = ["--recipe", "tiny", "--output_dir", str(tmp_path), "--max_train_steps", "5"]
